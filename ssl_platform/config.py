@@ -1,0 +1,259 @@
+"""The configuration: strict pydantic sections, plug-in sections by folder, YAML plus `key=value`, all errors at once."""
+
+import difflib
+import importlib
+import json
+import pkgutil
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, ValidationInfo
+
+
+class ConfigError(Exception):
+    """Everything that is wrong with a configuration, one readable line each."""
+
+    def __init__(self, lines: Sequence[str], source: str = "") -> None:
+        self.lines = list(lines)
+        heading = [f"{source}: {len(self.lines)} problem{'s' * (len(self.lines) != 1)} in the configuration"]
+        super().__init__("\n".join(heading * bool(source) + [f"  {line}" for line in self.lines]))
+
+
+class Config(BaseModel):
+    """A section of the configuration: unknown keys are errors, values are never converted, objects never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True)
+
+
+class PluginConfig(Config):
+    """A section whose `name` picks the file that implements it; its `build()` makes the object."""
+
+    name: str
+
+
+class _PluginFolder:
+    """Marks a field as a plug-in section, so that error messages can look its keys up."""
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+
+    def __call__(self, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, PluginConfig):
+            return value
+        if isinstance(value, str):
+            value = {"name": value}
+        if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+            raise ValueError(f"needs a 'name': one of {', '.join(plugin_names(self.package))}, or a dotted module path")
+        # JSON mode: strict validation of Python objects would refuse YAML's lists where a tuple is meant.
+        return plugin_class(self.package, value["name"]).model_validate_json(json.dumps(value), context=info.context)
+
+
+def plugin(package: str) -> Any:
+    """The type of a field that holds a plug-in section of `package` (`ssl_platform.modalities`, ...)."""
+    return Annotated[SerializeAsAny[PluginConfig], BeforeValidator(_PluginFolder(package))]
+
+
+def plugin_names(package: str) -> list[str]:
+    """The plug-ins of a folder: its modules that do not start with an underscore."""
+    found = pkgutil.iter_modules(importlib.import_module(package).__path__)
+    return sorted(module.name for module in found if not module.name.startswith("_"))
+
+
+def plugin_class(package: str, name: str) -> type[PluginConfig]:
+    """The class `Config` of the module `package.name`, or of the module that the dotted path `name` says."""
+    if "." not in name and name not in plugin_names(package):
+        raise ValueError(f"unknown name '{name}'{_suggest(name, plugin_names(package))}")
+    module_name = name if "." in name else f"{package}.{name}"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and not module_name.startswith(error.name):
+            raise ValueError(f"'{name}' needs the package '{error.name}', which is not installed") from error
+        raise ValueError(f"no module '{module_name}' (looked for in sys.path)") from error
+    if not hasattr(module, "Config"):
+        raise ValueError(f"module '{module_name}' has no class 'Config', so it is not a plug-in")
+    found: type[PluginConfig] = module.Config
+    return found
+
+
+# -- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with two traps of version 1.1 removed: `1e-3` is a number, and a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
+        for key in {key for key in keys if keys.count(key) > 1}:
+            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: key '{key}' is given twice")
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(  # type: ignore[no-untyped-call]
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+AnyConfig = TypeVar("AnyConfig", bound=Config)
+
+
+def load_config(kind: type[AnyConfig], path: Path, overrides: Sequence[str] = (), **context: Any) -> AnyConfig:
+    """Reads a YAML file, applies `a.b=value` overrides and validates; raises ConfigError with every problem found.
+
+    Relative paths in the file are relative to the file; those in overrides are relative to the working directory.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"]) from error
+    try:
+        data = yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
+    if not isinstance(data, dict):
+        raise ConfigError([f"expected a map of keys, found {type(data).__name__}"], str(path))
+    data = resolve_paths(kind, data, path.resolve().parent)
+    for override in overrides:
+        _override(kind, data, override)
+    return validate(kind, data, str(path), **context)
+
+
+def validate(kind: type[AnyConfig], data: dict[str, Any], source: str = "", **context: Any) -> AnyConfig:
+    """Validates plain data; `context` reaches validators as `info.context`."""
+    try:
+        text = json.dumps(data)
+    except (TypeError, ValueError) as error:
+        raise ConfigError([f"a value is of a kind that a configuration cannot hold: {error}"], source) from error
+    try:
+        return kind.model_validate_json(text, context=context)
+    except ValidationError as error:
+        raise ConfigError(_lines(error, kind), source) from None
+
+
+def to_yaml(config: Config) -> str:
+    """The whole configuration, defaults included, as YAML that `load_config` accepts."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def resolve_paths(kind: type[Config], data: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Makes every `Path` field of `kind` (lists and sub-sections too) that is given relatively relative to `folder`."""
+    resolved = dict(data)
+    for key, field in kind.model_fields.items():
+        if key not in data:
+            continue
+        value, inner = data[key], _section(field.annotation)
+        if inner is not None and isinstance(value, dict):
+            resolved[key] = resolve_paths(inner, value, folder)
+        elif _holds_paths(field.annotation):
+            many = value if isinstance(value, list) else [value]
+            made = [str(folder / item) if isinstance(item, str) else item for item in many]
+            resolved[key] = made if isinstance(value, list) else made[0]
+    return resolved
+
+
+def _override(kind: type[Config], data: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ConfigError([f"override '{override}': expected key=value, for example optim.lr=1e-3"])
+    try:
+        value = yaml.load(text, _Loader)  # a SafeLoader
+    except yaml.YAMLError as error:
+        raise ConfigError([f"override '{override}': the value is not valid YAML: {error}"]) from error
+    *parents, last = key.split(".")
+    place = data
+    for parent in parents:
+        if place.get(parent) is None:
+            place[parent] = {}
+        if isinstance(place[parent], str):  # a plug-in section in its short form, `modality: image`
+            place[parent] = {"name": place[parent]}
+        if not isinstance(place[parent], dict):
+            raise ConfigError([f"override '{override}': '{parent}' holds a value, not a section"])
+        place = place[parent]
+    place[last] = value
+    data.update(resolve_paths(kind, data, Path.cwd()))
+
+
+# -- error text ------------------------------------------------------------------------------------------------------
+
+
+def _lines(error: ValidationError, kind: type[Config], prefix: tuple[str | int, ...] = ()) -> list[str]:
+    lines: list[str] = []
+    for item in error.errors(include_url=False):
+        loc = prefix + tuple(part for part in item["loc"] if not _is_branch(part))
+        cause = item.get("ctx", {}).get("error")
+        if isinstance(cause, ValueError) and cause.args and isinstance(cause.args[0], ConfigError):
+            cause = cause.args[0]  # pydantic lets validators raise ValueErrors only, so it carries several lines this way
+        if isinstance(cause, ValidationError):
+            inner = plugin_of(cause, item["input"])
+            lines += _lines(cause, inner or kind, loc)
+        elif isinstance(cause, ConfigError):
+            lines += [_join(loc, line) for line in cause.lines]
+        elif item["type"] == "extra_forbidden":
+            known = _known_keys(kind, loc[len(prefix) : -1])
+            lines.append(f"{_join(loc)}: unknown key{_suggest(str(loc[-1]), known)}")
+        elif item["type"] == "missing":
+            lines.append(f"{_join(loc)}: missing, and it has no default")
+        elif item["type"] == "value_error":
+            lines.append(f"{_join(loc)}: {cause}" if loc else str(cause))
+        else:
+            message = item["msg"][0].lower() + item["msg"][1:]
+            lines.append(f"{_join(loc)}: {message}, got {json.dumps(item['input'], default=str)}")
+    return list(dict.fromkeys(lines))
+
+
+def plugin_of(error: ValidationError, value: Any) -> type[Config] | None:
+    """The plug-in class whose validation failed, to look its keys up."""
+    found = [kind for kind in _all_subclasses(PluginConfig) if kind.__name__ == error.title]
+    name = value.get("name") if isinstance(value, dict) else value
+    by_name = [kind for kind in found if kind.__module__.split(".")[-1] == str(name).split(".")[-1]]
+    return by_name[0] if by_name else None
+
+
+def _all_subclasses(kind: type[Any]) -> list[type[Any]]:
+    return [found for child in kind.__subclasses__() for found in [child, *_all_subclasses(child)]]
+
+
+def _is_branch(part: str | int) -> bool:
+    """pydantic puts the name of a union's branch into the location; users never wrote that."""
+    return isinstance(part, str) and (
+        part in {"float", "int", "bool", "str", "none"} or part[:1] == "<" or "[" in part or part[:1].isupper()
+    )
+
+
+def _join(loc: tuple[str | int, ...], line: str = "") -> str:
+    name = ".".join(str(part) for part in loc)
+    return f"{name}: {line}" if line and name else name or line
+
+
+def _known_keys(kind: type[Config], path: tuple[str | int, ...]) -> list[str]:
+    current: type[Config] = kind
+    for part in path:
+        field = current.model_fields.get(str(part))
+        inner = _section(field.annotation) if field else current  # an index or a map's key: stay
+        if inner is None:
+            return []
+        current = inner
+    return list(current.model_fields)
+
+
+def _suggest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean '{near[0]}'?"
+    return f"; known: {', '.join(known)}" if known else ""
+
+
+def _section(annotation: Any) -> type[Config] | None:
+    """The Config class inside an annotation such as `X`, `X | None` or `dict[str, X]`."""
+    if isinstance(annotation, type) and issubclass(annotation, Config):
+        return annotation if annotation is not PluginConfig else None
+    for argument in get_args(annotation):
+        if (found := _section(argument)) is not None:
+            return found
+    return None
+
+
+def _holds_paths(annotation: Any) -> bool:
+    return annotation is Path or any(_holds_paths(argument) for argument in get_args(annotation))

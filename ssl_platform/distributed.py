@@ -1,0 +1,141 @@
+"""Processes that train together: start and stop, and collectives that are identities for one process alone."""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def environment_world_size() -> int:
+    """The number of processes that the launcher (torchrun, submitit) announces; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def start(timeout_minutes: float = 10.0) -> torch.device:
+    """Joins the launcher's process group, if there is one, and returns this process's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if environment_world_size() > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    return device
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Waits for every process."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over processes, without gradient."""
+    if world_size() == 1:
+        return tensor
+    summed = tensor.detach().clone()
+    dist.all_reduce(summed)
+    return summed
+
+
+def maximum(tensor: Tensor) -> Tensor:
+    """The elementwise maximum over processes, without gradient."""
+    if world_size() == 1:
+        return tensor
+    largest = tensor.detach().clone()
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
+def mean(tensor: Tensor) -> Tensor:
+    """The mean over processes, without gradient."""
+    return total(tensor) / world_size() if world_size() > 1 else tensor
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """The processes' tensors joined along the first axis (of the same length everywhere), without gradient."""
+    if world_size() == 1:
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(context: Any, tensor: Tensor) -> Tensor:
+        return gather(tensor)
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:
+        return total(gradient).chunk(world_size())[rank()]
+
+
+def gather_with_gradient(tensor: Tensor) -> Tensor:
+    """Like `gather`; the gradients that other processes have for this one's part are summed into it."""
+    joined: Tensor = _Gather.apply(tensor) if world_size() > 1 else tensor
+    return joined
+
+
+def gather_objects(item: Any) -> list[Any]:
+    """Every process's `item`, by rank; for rare, small things such as error reports."""
+    if world_size() == 1:
+        return [item]
+    items: list[Any] = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def from_rank_zero(item: Any) -> Any:
+    """Rank 0's `item` on every process."""
+    if world_size() == 1:
+        return item
+    items: list[Any] = [item]
+    dist.broadcast_object_list(items, src=0)
+    return items[0]
+
+
+def wrap(module: nn.Module, device: torch.device) -> nn.Module:
+    """The module whose forward averages gradients over processes; the module itself when alone."""
+    if world_size() == 1:
+        return module
+    return DistributedDataParallel(
+        module,
+        device_ids=[device] if device.type == "cuda" else None,
+        broadcast_buffers=False,  # objective state is changed in `commit`, alike on every rank
+        find_unused_parameters=True,  # stages, late objectives and sub-networks leave parameters out of a step
+        gradient_as_bucket_view=True,
+    )
+
+
+def no_sync(module: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+    """A context in which backward leaves gradients unaveraged, for all micro-batches of a step but the last."""
+    return module.no_sync() if wanted and isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+def any_rank(*flags: bool) -> list[bool]:
+    """For each flag, whether it is true on any rank: the same answer everywhere, in one collective."""
+    if world_size() == 1:
+        return list(flags)
+    return [bool(count) for count in total(torch.tensor([float(flag) for flag in flags])).tolist()]

@@ -1,0 +1,52 @@
+"""Kinds of data; one file a modality, and the folder is the registry (names with an underscore hold shared parts).
+
+A modality's module holds a class `Config` whose `build(statistics)` makes it; `statistics` are the channel mean and std
+measured on the training shards, or None.
+"""
+
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor, nn
+
+from ssl_platform.views import SampleViews
+
+
+class GroupSpec(NamedTuple):
+    """What a modality promises of one group of views."""
+
+    num_views: int
+    shape: tuple[int, ...]
+    """Of one view, without the batch axis: (C, H, W) for images."""
+    grid: tuple[int, ...]
+    """Tokens along each axis: (H / patch, W / patch) for images."""
+
+
+class Modality(Protocol):
+    """Everything the platform knows about one kind of data. Views have fixed shapes: ragged data ends here."""
+
+    groups: dict[str, GroupSpec]
+    """The groups that `augment` makes; "global" is always there."""
+
+    def decode(self, record: dict[str, bytes]) -> Any:
+        """One record of a shard ({extension: bytes}) -> an example; raises ValueError with the reason if it is bad."""
+        ...
+
+    def augment(self, examples: tuple[Any, ...], rng: np.random.Generator) -> dict[str, SampleViews]:
+        """The training views of examples[0]; further examples are its companions (donors, pairs).
+
+        Reproducible from `rng` and the global torch RNG, both seeded by the caller from (seed, key, epoch).
+        """
+        ...
+
+    def preprocess(self, example: Any) -> Tensor:
+        """The one view that an encoder is shown in evaluation; (*shape) of the group "global"."""
+        ...
+
+    def patch_embed(self, embed_dim: int, group: str = "global") -> nn.Module:
+        """The layer that turns (B, *shape) into `ssl_platform.backbones.patch_embed.Tokens`."""
+        ...
+
+    def description(self) -> dict[str, Any]:
+        """The facts of `preprocess` as JSON (input_size, mean, std, interpolation, ...): what an export carries."""
+        ...

@@ -1,0 +1,177 @@
+"""Schedules as pure functions of the step, and the optimiser's parameter groups."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any, Literal, NamedTuple
+
+import torch
+from pydantic import Discriminator, Field, Tag
+from torch import Tensor, nn
+
+from ssl_platform.config import Config
+
+Schedule = Callable[[int], float]
+"""The value at an optimiser step, counted from 0."""
+
+
+class Cosine(Config):
+    """Linear warm-up from `warmup_start` to `start`, then half a cosine to `end`."""
+
+    schedule: Literal["cosine"]
+    start: float
+    end: float
+    warmup_steps: int = Field(0, ge=0)
+    warmup_start: float = 0.0
+    period_steps: int | None = Field(None, ge=1)
+    """Where the cosine ends; None = the run's last step. Longer than the run cuts it off before its end."""
+
+    def build(self, steps: int) -> Schedule:
+        period = self.period_steps or steps
+
+        def value(step: int) -> float:
+            if step < self.warmup_steps:
+                # numpy.linspace(warmup_start, start, warmup_steps), which DINO's cosine_scheduler uses.
+                return self.warmup_start + (self.start - self.warmup_start) * step / max(self.warmup_steps - 1, 1)
+            progress = min((step - self.warmup_steps) / max(period - self.warmup_steps, 1), 1.0)
+            return self.end + 0.5 * (self.start - self.end) * (1 + math.cos(math.pi * progress))
+
+        return value
+
+
+class Linear(Config):
+    """A straight line from `start` to `end` over `over_steps` steps, constant afterwards."""
+
+    schedule: Literal["linear"]
+    start: float
+    end: float
+    over_steps: int = Field(ge=1)
+
+    def build(self, steps: int) -> Schedule:
+        return lambda step: self.start + (self.end - self.start) * min(step / max(self.over_steps - 1, 1), 1.0)
+
+
+class From(Config):
+    """0 before step `begin`, then `value`: an objective that starts late."""
+
+    schedule: Literal["from"]
+    begin: int = Field(ge=0)
+    value: float
+
+    def build(self, steps: int) -> Schedule:
+        return lambda step: self.value if step >= self.begin else 0.0
+
+
+def _kind(value: Any) -> str:
+    name = value.get("schedule", "?") if isinstance(value, dict) else getattr(value, "schedule", None)
+    return f"<{name or 'number'}>"
+
+
+ScheduleConfig = Annotated[
+    Annotated[float, Tag("<number>")]
+    | Annotated[Cosine, Tag("<cosine>")]
+    | Annotated[Linear, Tag("<linear>")]
+    | Annotated[From, Tag("<from>")],
+    Discriminator(
+        _kind,
+        custom_error_type="not_a_schedule",
+        custom_error_message="expected a number or a map with schedule: cosine, linear or from",
+    ),
+]
+"""A value that may depend on the step."""
+
+
+def build_schedule(config: float | Cosine | Linear | From, steps: int) -> Schedule:
+    """A function of the step for a number or a schedule section; `steps` is the length of the run."""
+    if isinstance(config, int | float):
+        value = float(config)
+        return lambda step: value
+    return config.build(steps)
+
+
+# -- the optimiser ---------------------------------------------------------------------------------------------------
+
+
+class OptimConfig(Config):
+    """How the trained parameters move."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: ScheduleConfig = 1e-3
+    """The learning rate itself, unless `scale_lr` says otherwise."""
+    scale_lr: Literal["none", "sqrt1024", "linear256"] = "none"
+    """Multiplies lr by sqrt(batch_size / 1024) (DINOv2) or batch_size / 256 (DINO); the run logs what results."""
+    weight_decay: ScheduleConfig = 0.04
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Of AdamW; SGD takes the first as its momentum."""
+    eps: float = Field(1e-8, gt=0)
+    clip_grad: float | None = Field(3.0, gt=0)
+    """Largest gradient norm of each module (each network, head and objective by itself); None = no clipping."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """lr multiplier per layer below the last, in backbones."""
+    patch_embed_lr: float = Field(1.0, ge=0)
+    """A further lr multiplier of the patch embedding."""
+    freeze_last_layer_steps: int = Field(0, ge=0)
+    """lr of the heads' last layers is 0 for this many first steps; their Adam moments still build up, as in DINOv2."""
+
+    def lr_factor(self, batch_size: int) -> float:
+        """What `scale_lr` multiplies the learning rate by."""
+        return {"none": 1.0, "sqrt1024": math.sqrt(batch_size / 1024), "linear256": batch_size / 256}[self.scale_lr]
+
+
+class ParameterRule(NamedTuple):
+    """How one parameter's learning rate and weight decay differ from the optimiser's."""
+
+    lr_multiplier: float
+    weight_decay_multiplier: float
+    is_last_layer: bool
+
+
+def parameter_rule(
+    name: str, *, layer: int | None = None, num_layers: int = 0, layer_decay: float = 1.0, patch_embed_lr: float = 1.0
+) -> ParameterRule:
+    """DINOv2's rule for the parameter `name` of a module; `layer` is None outside of backbones.
+
+    No weight decay for names that end in `bias` or hold `norm` or `gamma`; class, position, mask and register tokens
+    and the last layer's `weight_g` decay like any weight (`dinov2/utils/param_groups.py`).
+    """
+    multiplier = 1.0 if layer is None else layer_decay ** (num_layers + 1 - layer)
+    if layer is not None and "patch_embed" in name:
+        multiplier *= patch_embed_lr
+    decays = not (name.endswith("bias") or "norm" in name or "gamma" in name)
+    return ParameterRule(multiplier, float(decays), "last_layer" in name)
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter, ParameterRule]],
+    *,
+    name: str,
+    betas: tuple[float, float],
+    eps: float,
+) -> torch.optim.Optimizer:
+    """An optimiser with one group for each distinct rule; a group's "names" lists its parameters in order."""
+    groups: dict[ParameterRule, dict[str, Any]] = {}
+    for parameter_name, parameter, rule in parameters:
+        group = groups.setdefault(rule, {"params": [], "names": [], "rule": rule})
+        group["params"].append(parameter)
+        group["names"].append(parameter_name)
+    if name == "sgd":
+        return torch.optim.SGD(list(groups.values()), lr=0.0, momentum=betas[0])
+    return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=betas, eps=eps, fused=True)
+
+
+def set_step(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float, freeze_last_layer: bool) -> None:
+    """Sets every group's learning rate and weight decay for the coming step."""
+    for group in optimizer.param_groups:
+        rule: ParameterRule = group["rule"]
+        group["lr"] = 0.0 if rule.is_last_layer and freeze_last_layer else lr * rule.lr_multiplier
+        group["weight_decay"] = weight_decay * rule.weight_decay_multiplier
+
+
+def clip_gradients(modules: dict[str, list[nn.Parameter]], max_norm: float | None) -> dict[str, Tensor]:
+    """Clips each module's gradients to `max_norm` by itself and returns the norms from before."""
+    norms = {}
+    for name, parameters in modules.items():
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norms[name] = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if max_norm is not None and gradients:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norms[name], foreach=True)
+    return norms

@@ -1,0 +1,54 @@
+"""One run per folder: an advisory lock that ends with the process, however it ends."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from ssl_platform import distributed
+
+
+class RunLocked(Exception):
+    """Another process trains in this folder."""
+
+
+def lock(run_dir: Path) -> IO[str]:
+    """Takes `run_dir/lock` until the returned file is closed or the process ends; raises RunLocked if it is taken."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "lock"
+    file = path.open("a+", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        holder = file.read().strip() or "an unknown process"
+        file.close()
+        raise RunLocked(
+            f"{run_dir}: another run is training here ({holder}). Stop it, or choose another folder with run_dir=..."
+        ) from error
+    file.truncate(0)
+    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    file.flush()
+    return file
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Holds the lock on rank 0; every rank raises RunLocked if it is taken."""
+    taken, reason = None, None
+    if distributed.rank() == 0:
+        try:
+            taken = lock(run_dir)
+        except RunLocked as error:
+            reason = str(error)
+    if reason := distributed.from_rank_zero(reason):
+        raise RunLocked(reason)
+    try:
+        yield
+    finally:
+        if taken is not None:
+            taken.close()
