@@ -1,0 +1,160 @@
+"""`python benchmarks/step.py`: how much of the machine's matrix-product peak a whole training step reaches.
+
+A step is ViT-S/16, 2x224 + 8x96 crops, 8 samples, drop path .3, DINO + iBOT (one shared head) + KoLeo, AdamW, EMA: the
+`train_step` that `ssl-train` runs, on random views. One line per precision and prototype count; `mfu` is model FLOPs by
+formula (ssl_platform/flops.py) / time / peak. The peak (a large matrix product in the same precision) is measured
+before and after every step, and the figure is the median of ten ratios, so a machine that slows down changes it little.
+"""
+
+import argparse
+import json
+import platform
+import resource
+import subprocess
+import sys
+import time
+from statistics import median
+
+import torch
+
+from ssl_platform.config import validate
+from ssl_platform.flops import step_flops
+from ssl_platform.recipe import Recipe
+from ssl_platform.train import build, train_step
+from ssl_platform.views import Batch, ViewGroup
+
+BATCH, GLOBAL, LOCAL = 8, 224, 96
+
+
+def recipe(precision: str, prototypes: int, batch_size: int) -> Recipe:
+    """The benchmark's run; its data section is never read."""
+    data = {
+        "run_dir": "unused",
+        "steps": 1000,
+        "batch_size": batch_size,
+        "precision": precision,
+        "modality": {"name": "image"},
+        "data": {"shards": "unused"},
+        "networks": {
+            "student": {"backbone": {"name": "vit", "drop_path": 0.3}},
+            "teacher": {"update": "ema", "of": "student", "momentum": 0.992},
+        },
+        "heads": {"dino": {"name": "projection", "prototypes": prototypes}},
+        "masks": {"block": {"name": "block"}},
+        "objectives": {
+            "dino": {"name": "dino", "masks": {"global": "block"}},
+            "ibot": {"name": "ibot", "masks": "block"},
+            "koleo": {"name": "koleo", "masks": "block"},
+        },
+        "optim": {"lr": 1e-4, "layer_decay": 0.9, "patch_embed_lr": 0.2},
+    }
+    return validate(Recipe, data)
+
+
+def random_batch(settings: Recipe, batch_size: int) -> Batch:
+    """Views of noise, and the masks that a run would draw."""
+    groups = settings.modality.build(None).groups
+    masks = settings.masks["block"].build().draw(
+        2, groups["global"].grid, seed=0, step=0, batch_size=batch_size, first=0, count=batch_size
+    )
+    ids = torch.arange(batch_size)
+    made = {
+        "global": ViewGroup(torch.randn(2, batch_size, 3, GLOBAL, GLOBAL), torch.arange(2), {"block": masks}),
+        "local": ViewGroup(torch.randn(8, batch_size, 3, LOCAL, LOCAL), torch.arange(2, 10)),
+    }
+    return Batch(made, [str(i) for i in range(batch_size)], ids, ids, 0)
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
+    """FLOP/s of one (size x size) product, the best of three."""
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(3):
+        synchronise(device)
+        begun = time.perf_counter()
+        left @ right
+        synchronise(device)
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(seconds)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(precision: str, prototypes: int, batch_size: int, repeats: int, device: torch.device) -> dict[str, object]:
+    """One line: samples/s, mfu and peak memory."""
+    settings = recipe(precision, prototypes, batch_size)
+    torch.manual_seed(0)
+    parts = build(settings, settings.modality.build(None), 1, device)
+    batch = random_batch(settings, batch_size).to(device)
+    active = list(settings.objectives)
+    flops = step_flops(
+        parts.student_teacher, batch, student=("global", "local"), teacher=("global",), masks="block"
+    )
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = 4096 if device.type == "cuda" else 2048
+    train_step(parts, iter([batch]), 0, active)
+    ratios, times, peaks = [], [], [matmul_rate(dtype, device, size)]
+    for step in range(1, repeats + 1):
+        synchronise(device)
+        begun = time.perf_counter()
+        train_step(parts, iter([batch]), step, active)
+        synchronise(device)
+        times.append(time.perf_counter() - begun)
+        peaks.append(matmul_rate(dtype, device, size))
+        ratios.append(flops / times[-1] / (sum(peaks[-2:]) / 2))
+    memory = (
+        torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
+    return {
+        "precision": precision,
+        "prototypes": prototypes,
+        "samples_per_second": round(batch_size / median(times), 3),
+        "mfu": round(median(ratios), 3),
+        "mfu_range": [round(min(ratios), 3), round(max(ratios), 3)],
+        "model_tflop": round(flops / 1e12, 3),
+        "matmul_gflops": round(median(peaks) / 1e9, 1),
+        "peak_memory_gb": round(memory / 1e9, 2),
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
+    parser.add_argument("--prototypes", nargs="+", type=int, default=[8192, 65536])
+    parser.add_argument("--batch-size", type=int, default=BATCH)
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--one", action="store_true", help="measure the first combination only, in this process")
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if arguments.one:
+        line = measure(arguments.precision[0], arguments.prototypes[0], arguments.batch_size, arguments.repeats, device)
+        sys.stdout.write(json.dumps(line) + "\n")
+        return 0
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    sys.stdout.write(json.dumps({"device": name, "torch": torch.__version__}) + "\n")
+    for precision in arguments.precision:
+        if precision == "bf16" and (slow := bf16_is_emulated(device)):
+            sys.stdout.write(json.dumps({"precision": "bf16", "skipped": slow}) + "\n")
+            continue
+        for prototypes in arguments.prototypes:  # a process each, so that peak memory is its own
+            command = [sys.executable, __file__, "--one", "--precision", precision, "--prototypes", str(prototypes)]
+            command += ["--batch-size", str(arguments.batch_size), "--repeats", str(arguments.repeats)]
+            subprocess.run(command, check=True)
+    return 0
+
+
+def bf16_is_emulated(device: torch.device) -> str:
+    """Why bf16 cannot be measured here: without the processor's instructions a product is 100 times slower than fp32."""
+    if device.type == "cuda":
+        return ""
+    fp32, bf16 = (matmul_rate(dtype, device, 256) for dtype in (torch.float32, torch.bfloat16))
+    if bf16 > fp32 / 4:
+        return ""
+    return f"no bf16 matrix instructions on this processor: {bf16 / 1e9:.1f} GFLOP/s against {fp32 / 1e9:.1f} in fp32"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
