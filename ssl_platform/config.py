@@ -7,10 +7,11 @@ import pkgutil
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, ValidationInfo
+from pydantic.fields import FieldInfo
 
 
 class ConfigError(Exception):
@@ -129,7 +130,7 @@ def validate(kind: type[AnyConfig], data: dict[str, Any], source: str = "", **co
     try:
         return kind.model_validate_json(text, context=context)
     except ValidationError as error:
-        raise ConfigError(_lines(error, kind), source) from None
+        raise ConfigError(_lines(error, kind, data), source) from None
 
 
 def to_yaml(config: Config) -> str:
@@ -138,18 +139,23 @@ def to_yaml(config: Config) -> str:
 
 
 def resolve_paths(kind: type[Config], data: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Makes every `Path` field of `kind` (lists and sub-sections too) that is given relatively relative to `folder`."""
+    """Makes every `Path` field of `kind` (in lists, sub-sections and plug-ins too) relative to `folder`."""
     resolved = dict(data)
     for key, field in kind.model_fields.items():
-        if key not in data:
-            continue
-        value, inner = data[key], _section(field.annotation)
-        if inner is not None and isinstance(value, dict):
+        value = data.get(key)
+        if isinstance(value, str) and _holds_paths(field.annotation):
+            resolved[key] = str(folder / value)
+        elif isinstance(value, list) and _holds_paths(field.annotation):
+            resolved[key] = [str(folder / item) if isinstance(item, str) else item for item in value]
+        elif isinstance(value, dict) and (inner := _section(field, value)) is not None:
             resolved[key] = resolve_paths(inner, value, folder)
-        elif _holds_paths(field.annotation):
-            many = value if isinstance(value, list) else [value]
-            made = [str(folder / item) if isinstance(item, str) else item for item in many]
-            resolved[key] = made if isinstance(value, list) else made[0]
+        elif isinstance(value, dict):  # a map of sections
+            resolved[key] = {
+                name: resolve_paths(inner, item, folder)
+                if isinstance(item, dict) and (inner := _section(field, item, of_map=True))
+                else item
+                for name, item in value.items()
+            }
     return resolved
 
 
@@ -178,21 +184,17 @@ def _override(kind: type[Config], data: dict[str, Any], override: str) -> None:
 # -- error text ------------------------------------------------------------------------------------------------------
 
 
-def _lines(error: ValidationError, kind: type[Config], prefix: tuple[str | int, ...] = ()) -> list[str]:
+def _lines(error: ValidationError, kind: type[Config], data: Any) -> list[str]:
     lines: list[str] = []
     for item in error.errors(include_url=False):
-        loc = prefix + tuple(part for part in item["loc"] if not _is_branch(part))
+        loc = tuple(part for part in item["loc"] if not _is_branch(part))
         cause = item.get("ctx", {}).get("error")
         if isinstance(cause, ValueError) and cause.args and isinstance(cause.args[0], ConfigError):
-            cause = cause.args[0]  # pydantic lets validators raise ValueErrors only, so it carries several lines this way
-        if isinstance(cause, ValidationError):
-            inner = plugin_of(cause, item["input"])
-            lines += _lines(cause, inner or kind, loc)
-        elif isinstance(cause, ConfigError):
-            lines += [_join(loc, line) for line in cause.lines]
+            cause = cause.args[0]
+        if isinstance(cause, ConfigError):
+            lines += [".".join([*map(str, loc), line]) for line in cause.lines]  # each line begins with a key
         elif item["type"] == "extra_forbidden":
-            known = _known_keys(kind, loc[len(prefix) : -1])
-            lines.append(f"{_join(loc)}: unknown key{_suggest(str(loc[-1]), known)}")
+            lines.append(f"{_join(loc)}: unknown key{_suggest(str(loc[-1]), _known_keys(kind, data, loc[:-1]))}")
         elif item["type"] == "missing":
             lines.append(f"{_join(loc)}: missing, and it has no default")
         elif item["type"] == "value_error":
@@ -203,18 +205,6 @@ def _lines(error: ValidationError, kind: type[Config], prefix: tuple[str | int, 
     return list(dict.fromkeys(lines))
 
 
-def plugin_of(error: ValidationError, value: Any) -> type[Config] | None:
-    """The plug-in class whose validation failed, to look its keys up."""
-    found = [kind for kind in _all_subclasses(PluginConfig) if kind.__name__ == error.title]
-    name = value.get("name") if isinstance(value, dict) else value
-    by_name = [kind for kind in found if kind.__module__.split(".")[-1] == str(name).split(".")[-1]]
-    return by_name[0] if by_name else None
-
-
-def _all_subclasses(kind: type[Any]) -> list[type[Any]]:
-    return [found for child in kind.__subclasses__() for found in [child, *_all_subclasses(child)]]
-
-
 def _is_branch(part: str | int) -> bool:
     """pydantic puts the name of a union's branch into the location; users never wrote that."""
     return isinstance(part, str) and (
@@ -222,20 +212,27 @@ def _is_branch(part: str | int) -> bool:
     )
 
 
-def _join(loc: tuple[str | int, ...], line: str = "") -> str:
-    name = ".".join(str(part) for part in loc)
-    return f"{name}: {line}" if line and name else name or line
+def _join(loc: tuple[str | int, ...]) -> str:
+    return ".".join(str(part) for part in loc)
 
 
-def _known_keys(kind: type[Config], path: tuple[str | int, ...]) -> list[str]:
-    current: type[Config] = kind
-    for part in path:
-        field = current.model_fields.get(str(part))
-        inner = _section(field.annotation) if field else current  # an index or a map's key: stay
+def _known_keys(kind: type[Config], data: Any, path: tuple[str | int, ...]) -> list[str]:
+    """The keys of the section at `path`, found by walking the types along the data."""
+    parts = [str(part) for part in path]
+    while parts:
+        key = parts.pop(0)
+        data, field = data.get(key) if isinstance(data, dict) else None, kind.model_fields.get(key)
+        if field is None:
+            return []
+        inner = _section(field, data)
+        if inner is None and parts:  # a map of sections: one more step
+            key = parts.pop(0)
+            data = data.get(key) if isinstance(data, dict) else None
+            inner = _section(field, data, of_map=True)
         if inner is None:
             return []
-        current = inner
-    return list(current.model_fields)
+        kind = inner
+    return list(kind.model_fields)
 
 
 def _suggest(word: str, known: Sequence[str]) -> str:
@@ -245,14 +242,36 @@ def _suggest(word: str, known: Sequence[str]) -> str:
     return f"; known: {', '.join(known)}" if known else ""
 
 
-def _section(annotation: Any) -> type[Config] | None:
-    """The Config class inside an annotation such as `X`, `X | None` or `dict[str, X]`."""
+def _section(field: FieldInfo, value: Any, of_map: bool = False) -> type[Config] | None:
+    """The class that validates `value` in a field such as `X`, `X | None`, a schedule, a plug-in; or in a map of them."""
+    return _class_in(field.annotation, field.metadata, value, of_map)
+
+
+def _class_in(annotation: Any, metadata: Sequence[Any], value: Any, of_map: bool) -> type[Config] | None:
+    for item in metadata:
+        folder = getattr(item, "func", None)
+        if isinstance(folder, _PluginFolder):
+            name = value.get("name") if isinstance(value, dict) else value
+            try:
+                return None if of_map else plugin_class(folder.package, str(name))
+            except ValueError:
+                return None
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _class_in(arguments[0], arguments[1:], value, of_map)
+    if origin is dict:
+        return _class_in(arguments[1], (), value, False) if of_map else None
     if isinstance(annotation, type) and issubclass(annotation, Config):
-        return annotation if annotation is not PluginConfig else None
-    for argument in get_args(annotation):
-        if (found := _section(argument)) is not None:
-            return found
-    return None
+        return None if of_map else annotation
+    found = [inner for argument in arguments if (inner := _class_in(argument, (), value, of_map)) is not None]
+    if len(found) > 1 and isinstance(value, dict):  # a union whose members one key tells apart
+        found = [kind for kind in found if any(_allows(kind, key, value[key]) for key in value)]
+    return found[0] if found else None
+
+
+def _allows(kind: type[Config], key: str, value: Any) -> bool:
+    field = kind.model_fields.get(key)
+    return field is not None and get_origin(field.annotation) is Literal and value in get_args(field.annotation)
 
 
 def _holds_paths(annotation: Any) -> bool:

@@ -130,7 +130,7 @@ def check_names(recipe: Recipe) -> list[str]:
             lines.append(f"{where}.of: missing; update: {network.update} needs the network it follows")
         if network.of is not None and network.of not in recipe.networks:
             lines.append(f"{where}.of: '{network.of}' is no network; there are {', '.join(recipe.networks)}")
-        if network.of is None and network.backbone is None:
+        if network.of is None and network.backbone is None and network.update in ("grad", "frozen"):
             lines.append(f"{where}.backbone: missing")
     if not any(network.update == "grad" for network in recipe.networks.values()):
         lines.append("networks: none has update: grad, so nothing would be trained")

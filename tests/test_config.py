@@ -1,0 +1,157 @@
+"""What a user reads when a configuration is wrong, word for word, and what a right one becomes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from ssl_platform.config import ConfigError, load_config, plugin_class, plugin_names, to_yaml, validate
+from ssl_platform.recipe import Recipe, load_recipe
+from tests import engine
+
+
+def write(folder: Path, data: dict[str, Any]) -> Path:
+    path = folder / "run.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return path
+
+
+def lines_of(path: Path, *overrides: str, world_size: int = 1) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path, overrides, world_size)
+    assert str(path) in str(caught.value) or not overrides or "override" in str(caught.value)
+    return caught.value.lines
+
+
+def test_every_error_at_once_with_the_nearest_key(tmp_path: Path) -> None:
+    data = engine.settings(
+        stepz=5,
+        optim={"lrr": 1.0, "betas": [0.9], "clip_grad": -1.0},
+        modality={"name": "image", "chanels": 3},
+        data={"shards": "x", "workers": "two"},
+    )
+    del data["steps"]
+    data["objectives"]["dino"] = {"name": "dino", "student_tmp": 0.1}
+    data["masks"] = {"block": {"name": "blok"}}
+    lines = lines_of(write(tmp_path, data))
+    for expected in (
+        "steps: missing, and it has no default",
+        "stepz: unknown key; did you mean 'steps'?",
+        "optim.lrr: unknown key; did you mean 'lr'?",
+        "optim.clip_grad: input should be greater than 0, got -1.0",
+        "modality.chanels: unknown key; did you mean 'channels'?",
+        'data.workers: input should be a valid integer, got "two"',
+        "objectives.dino.student_tmp: unknown key; did you mean 'student_temp'?",
+        "masks.block: unknown name 'blok'; did you mean 'block'?",
+    ):
+        assert expected in lines, lines
+    assert any(line.startswith("optim.betas") for line in lines)
+    assert len(lines) == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        (
+            {"modality": {"name": "image", "crops": {"global": {"num": 2, "size": 100, "scale": [0.3, 1.0]}}}},
+            "modality.crops.global.size: 100 is not a multiple of patch_size 16; use 96 or 112",
+        ),
+        ({"masks": {"block": {"name": "block", "min_tokens": 9}}}, "masks.block.min_tokens"),
+        ({"masks": {"block": {"name": "block", "min_tokens": 1, "ratio": [0.1, 1.2]}}}, "masks.block.ratio"),
+        (
+            {"data": {"shards": "x", "window_shards": 8, "cache_shards": 4}},
+            "data: cache_shards 4 is smaller than the shuffle window, window_shards 8",
+        ),
+        ({"batch_size": 10, "accumulate": 4}, "batch_size: 10 cannot be split over 1 ranks x accumulate 4; use a multiple"),
+        ({"stages": {"a": {"steps": 3}}}, "steps: 10, but the stages add up to 3 (steps x repeat)"),
+        (
+            {"networks": {"student": {"backbone": engine.VIT}, "teacher": {"update": "ema"}}},
+            "networks.teacher.of: missing; update: ema needs the network it follows",
+        ),
+        (
+            {"objectives": {"dino": engine.DINO | {"head": "dyno"}}},
+            "objectives.dino.head: 'dyno' does not exist; there are: dino",
+        ),
+        (
+            {"objectives": {"dino": engine.DINO | {"masks": {"global": "tube"}}}},
+            "objectives.dino.masks: 'tube' does not exist; there are: block",
+        ),
+    ],
+)
+def test_impossible_combinations_are_one_readable_line(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    lines = lines_of(write(tmp_path, engine.settings(**changes)))
+    assert len(lines) == 1 and "\n" not in lines[0], lines
+    assert lines[0].startswith(expected)
+
+
+def test_batch_smaller_than_ranks(tmp_path: Path) -> None:
+    path = write(tmp_path, engine.settings(batch_size=4))
+    assert lines_of(path, world_size=8) == ["batch_size: 4 is smaller than the number of ranks, 8"]
+
+
+def test_overrides(tmp_path: Path) -> None:
+    path = write(tmp_path, engine.settings())
+    changed = load_recipe(path, ["optim.lr=1e-3", "steps=7", "objectives.koleo=null"][:2])
+    assert (changed.optim.lr, changed.steps) == (1e-3, 7), "1e-3 is a number, which YAML 1.1 denies"
+    cosine = load_recipe(path, ["optim.lr={schedule: cosine, start: 1e-3, end: 0}"])
+    assert cosine.optim.lr.start == 1e-3  # type: ignore[union-attr]
+    assert load_recipe(path, ["networks.teacher.momentum=0.5"]).networks["teacher"].momentum == 0.5
+    assert lines_of(path, "optim.lrr=1") == ["optim.lrr: unknown key; did you mean 'lr'?"]
+    assert lines_of(path, "optim") == ["override 'optim': expected key=value, for example optim.lr=1e-3"]
+    assert lines_of(path, "steps.more=1") == ["override 'steps.more=1': 'steps' holds a value, not a section"]
+
+
+def test_paths_are_relative_to_the_file_and_overrides_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, elsewhere = tmp_path / "configs", tmp_path / "here"
+    folder.mkdir(), elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    path = write(folder, engine.settings(data={"shards": "../tiles"}, run_dir="runs/a"))
+    recipe = load_recipe(path)
+    assert recipe.data.shards == folder / "../tiles" and recipe.run_dir == folder / "runs/a"
+    assert load_recipe(path, ["run_dir=b"]).run_dir == elsewhere / "b"
+    assert load_recipe(path, ["data.shards=[x, y]"]).data.shards == [elsewhere / "x", elsewhere / "y"]
+
+
+def test_resolved_configuration_is_valid_input_and_equal(tmp_path: Path) -> None:
+    recipe = load_recipe(write(tmp_path, engine.settings(modality={"name": "pathology"})))
+    saved = tmp_path / "config.yaml"
+    saved.write_text(to_yaml(recipe))
+    assert load_recipe(saved) == recipe
+    assert yaml.safe_load(saved.read_text())["modality"]["stain"]["sigma"] == 0.05, "defaults are written out"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("steps: 1\nsteps: 2\n", "key 'steps' is given twice"),
+        ("- a\n- b\n", "expected a map of keys, found list"),
+        ("a: [1,\n", "not valid YAML"),
+        ("\x00", "not valid YAML"),
+    ],
+)
+def test_files_that_are_no_configuration(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(Recipe, path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        load_config(Recipe, tmp_path / "missing.yaml")
+
+
+def test_plugins_by_folder_and_by_dotted_path() -> None:
+    assert plugin_names("ssl_platform.objectives") == ["dino", "ibot", "koleo"]
+    assert plugin_class("ssl_platform.modalities", "tests.probes.toy").__module__ == "tests.probes.toy"
+    for name, message in (("tests.nothing", "no module"), ("tests.engine", "has no class 'Config'")):
+        with pytest.raises(ValueError, match=message):
+            plugin_class("ssl_platform.modalities", name)
+
+
+def test_nothing_is_converted_and_nothing_changes_later() -> None:
+    with pytest.raises(ConfigError, match='steps: input should be a valid integer, got "10"'):
+        validate(Recipe, engine.settings(steps="10"))
+    recipe = engine.recipe()
+    with pytest.raises(ValueError, match="frozen"):
+        recipe.steps = 3  # type: ignore[misc]
