@@ -15,9 +15,10 @@ logger = logging.getLogger("ssl_platform")
 def set_up_logging() -> None:
     """Rank 0 logs to stderr, coloured when that is a terminal (rich would wrap the lines of a log file); others warn."""
     if sys.stderr.isatty():
+        from rich.console import Console
         from rich.logging import RichHandler
 
-        handler: logging.Handler = RichHandler(show_path=False, omit_repeated_times=False)
+        handler: logging.Handler = RichHandler(console=Console(stderr=True), show_path=False, omit_repeated_times=False)
         handler.setFormatter(logging.Formatter("%(message)s"))
     else:
         handler = logging.StreamHandler()

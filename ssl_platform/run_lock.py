@@ -21,8 +21,8 @@ def lock(run_dir: Path) -> IO[str]:
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "lock"
     file = path.open("a+", encoding="utf-8")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:  # lockf's lock, unlike flock's, is not inherited by data workers, which may outlive a killed run
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.seek(0)
         holder = file.read().strip() or "an unknown process"

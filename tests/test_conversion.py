@@ -127,7 +127,7 @@ def test_a_checkpoint_that_does_not_fit_is_described() -> None:
     with pytest.raises(ValueError) as error:
         from_dinov2(state | {"blocks.0.extra": torch.zeros(1)}, vit)
     lines = str(error.value).split("\n")
-    assert lines[0] == "the DINOv2 checkpoint does not fit the backbone: 28 of 35 keys match"
+    assert lines[0] == "the DINOv2 checkpoint does not fit the backbone: 29 of 36 keys match"
     assert lines[1:3] == ["  missing: reg_token", "  unknown: blocks.0.extra"]
     assert "blocks.0.mlp.fc1.weight (128, 24) instead of (96, 24)" in lines[3]
     assert lines[4].startswith("  matched: cls_token, pos_embed, mask_token")
@@ -167,15 +167,14 @@ def test_timm_gives_our_outputs_at_the_native_size(name: str) -> None:
         torch.testing.assert_close(ours.registers[0], theirs[:, 1 : 1 + vit.num_registers], atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("name", EVERY)
+# timm's SwiGLU model always has LayerScale, so that a network of ours without it cannot take its checkpoint.
+@pytest.mark.parametrize("name", [name for name in EVERY if name != "SwiGLU without LayerScale"])
 def test_our_network_gives_the_outputs_of_a_timm_checkpoint(name: str) -> None:
     patch, size, settings = EVERY[name]
     vit = make(patch, size, **settings)
     architecture, model_args = timm_arguments(vit)
     torch.manual_seed(3)
     model = timm.create_model(architecture, **{**model_args, "num_classes": 7}).eval()  # its head is left out
-    if settings.get("ffn") == "swiglu" and settings.get("layer_scale", 1e-5) is None:
-        pytest.skip("timm's SwiGLU model always has LayerScale, so our network needs it too")
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
@@ -222,10 +221,8 @@ def test_timm_computes_the_same_hidden_width(dim: int, ratio: float, swiglu: boo
     config = Config(embed_dim=dim, num_heads=1, depth=1, mlp_ratio=ratio, ffn="swiglu" if swiglu else "mlp")
     if config.hidden_dim == 0:
         return
-    vit = VisionTransformer(
-        GridPatchEmbed(1, dim, (2, 2), (1, 1)), (1, 1), embed_dim=dim, depth=1, num_heads=1, hidden_dim=config.hidden_dim,
-        swiglu=swiglu,
-    )  # fmt: skip
+    embed, sizes = GridPatchEmbed(1, dim, (2, 2), (1, 1)), {"embed_dim": dim, "hidden_dim": config.hidden_dim}
+    vit = VisionTransformer(embed, (1, 1), depth=1, num_heads=1, swiglu=swiglu, **sizes)
     _, model_args = timm_arguments(vit)
     assert int(dim * model_args["mlp_ratio"]) == config.hidden_dim * (2 if swiglu else 1)
 
@@ -243,9 +240,7 @@ def test_what_timm_cannot_express_is_refused() -> None:
 def test_a_timm_checkpoint_that_does_not_fit_is_described() -> None:
     vit = make(8, 32, **SMALL)
     other = to_timm(make(8, 32, **{**SMALL, "depth": 1})).state
-    with pytest.raises(
-        ValueError, match=r"the timm checkpoint does not fit the backbone: 20 of 34 keys match\n  missing: b"
-    ):
+    with pytest.raises(ValueError, match="the timm checkpoint does not fit the backbone: 21 of 35 keys match"):
         from_timm(other, vit)
     with pytest.raises(ValueError, match="pos_embed has 23 rows, which are not a square grid and 0 or 1 rows"):
         from_timm(other | {"pos_embed": torch.zeros(1, 23, 24)}, vit)

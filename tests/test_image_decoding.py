@@ -177,6 +177,16 @@ def test_jpeg_orientation_is_applied() -> None:
     assert np.abs(rows_last(pixels).astype(int) - upright).mean() < 6
 
 
+def test_tiff_whose_pages_form_a_circle() -> None:
+    for is_big in (False, True):
+        data = bytearray(encode_tiff(np.zeros((8, 8, 3), np.uint16), bigtiff=is_big))
+        first, entries, count = (16, 20, "<Q") if is_big else (8, 12, "<H")
+        number = struct.unpack_from(count, data, first)[0]
+        struct.pack_into("<Q" if is_big else "<I", data, first + struct.calcsize(count) + number * entries, first)
+        with pytest.raises(ValueError, match="the pages form a circle"):
+            decode_image(bytes(data), "tif")
+
+
 def test_zero_bytes() -> None:
     with pytest.raises(ValueError, match="zero bytes"):
         decode_image(b"", "png")
@@ -220,6 +230,7 @@ def test_pickles_in_npy_are_not_read() -> None:
 
 VALID = {
     "png": encode(Image.fromarray(PHOTO), "png"),
+    "PNG of 16 bits": encode_png16(PHOTO.astype(np.uint16) * 257),
     "jpg": encode(Image.fromarray(PHOTO), "jpeg"),
     "tif": encode(Image.fromarray(PHOTO), "tiff", compression="tiff_lzw"),
     "tiff": encode_tiff(PHOTO.astype(np.uint16)),

@@ -21,7 +21,7 @@ from PIL import Image
 from ssl_platform.data import tar_writing
 from ssl_platform.data.index import Index
 from ssl_platform.data.pack import main
-from ssl_platform.data.shards import ShardReader
+from ssl_platform.data.reading import ShardReader
 from ssl_platform.data.tar_writing import encode, tissue_fraction
 from ssl_platform.data.tars import atomic_file
 from ssl_platform.modalities._images import decode_image

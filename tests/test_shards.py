@@ -22,7 +22,8 @@ from ssl_platform.config import Config, ConfigError, validate
 from ssl_platform.data.companions.random import Config as RandomCompanions
 from ssl_platform.data.index import Index
 from ssl_platform.data.order import micro_batch_positions
-from ssl_platform.data.shards import BadSampleError, DataConfig, ShardReader, preprocessed, train_batches
+from ssl_platform.data.reading import BadSampleError, ShardReader
+from ssl_platform.data.shards import DataConfig, preprocessed, train_batches
 from ssl_platform.modalities import GroupSpec
 from ssl_platform.views import Batch, SampleViews
 

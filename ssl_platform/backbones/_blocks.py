@@ -1,0 +1,112 @@
+"""The transformer block of `vit`: attention, feed-forward part, LayerScale, drop path."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v of (rows, heads, N, d) tensors; the one place where a backend is chosen."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+class Rows(NamedTuple):
+    """The rows of one group that a block computes while training, for its two branches."""
+
+    attention: Tensor
+    """(kept,) int64"""
+    feed_forward: Tensor
+    """(kept,) int64"""
+
+
+class LayerScale(nn.Module):
+    """One factor per channel, which the block folds into the weights of the layer before: no pass over the tokens."""
+
+    def __init__(self, dim: int, initial: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), initial))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention without its last layer."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, N, D) -> (rows, N, D), what `proj` is applied to."""
+        rows, length, dim = x.shape
+        q, k, v = self.qkv(x).view(rows, length, 3, self.num_heads, dim // self.num_heads).unbind(2)
+        mixed = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (rows, heads, N, d)
+        return mixed.transpose(1, 2).flatten(2)
+
+
+class FeedForward(nn.Module):
+    """Two layers with GELU, or SwiGLU with both first layers packed in `fc1`; without the last layer."""
+
+    def __init__(self, dim: int, hidden_dim: int, swiglu: bool) -> None:
+        super().__init__()
+        self.swiglu = swiglu
+        self.fc1 = nn.Linear(dim, 2 * hidden_dim if swiglu else hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(rows, N, D) -> (rows, N, hidden), what `fc2` is applied to."""
+        x = self.fc1(x)
+        if not self.swiglu:
+            return F.gelu(x)
+        gate, value = x.chunk(2, dim=-1)
+        return F.silu(gate) * value
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block over the token groups of all resolutions, which share its weights."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden_dim: int,
+        swiglu: bool,
+        layer_scale: float | None,
+        qkv_bias: bool,
+        norm_eps: float,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else None
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = FeedForward(dim, hidden_dim, swiglu)
+        self.ls2 = LayerScale(dim, layer_scale) if layer_scale is not None else None
+
+    def forward(self, groups: Sequence[Tensor], kept: Sequence[Rows | None]) -> list[Tensor]:
+        """[(rows, N, D)] -> [(rows, N, D)]; where rows are kept, only those are computed and their sum scaled up."""
+        projection, output = _scaled(self.attn.proj, self.ls1), _scaled(self.mlp.fc2, self.ls2)
+        result = []
+        for x, rows in zip(groups, kept, strict=True):
+            if rows is None:
+                x = x + F.linear(self.attn(self.norm1(x)), *projection)
+                x = x + F.linear(self.mlp(self.norm2(x)), *output)
+            else:
+                branch = F.linear(self.attn(self.norm1(x.index_select(0, rows.attention))), *projection)
+                scale = len(x) / len(branch)
+                x = x.index_add(0, rows.attention, branch.to(x.dtype), alpha=scale)
+                branch = F.linear(self.mlp(self.norm2(x.index_select(0, rows.feed_forward))), *output)
+                # In place, because this tensor is ours and nothing saved it for its gradient.
+                x = x.index_add_(0, rows.feed_forward, branch.to(x.dtype), alpha=scale)
+            result.append(x)
+        return result
+
+
+def _scaled(layer: nn.Linear, scale: LayerScale | None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of `layer` followed by `scale`."""
+    if scale is None:
+        return layer.weight, layer.bias
+    return layer.weight * scale.gamma[:, None], layer.bias * scale.gamma

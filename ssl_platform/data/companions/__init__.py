@@ -1,0 +1,16 @@
+"""Which other samples accompany a sample (donors, neighbours, pairs); one file a rule, and the folder is the registry.
+
+A rule's module holds a class `Config` whose `build(index)` makes the `Companions`.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+
+class Companions(Protocol):
+    """A rule: their examples follow the sample's own in `Modality.augment(examples, rng)`."""
+
+    def __call__(self, sample: int, rng: np.random.Generator) -> tuple[int, ...]:
+        """The ids of the companions of `sample`, always the same number; random only through `rng`."""
+        ...

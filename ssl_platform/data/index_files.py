@@ -1,0 +1,183 @@
+"""The index of a folder of tar shards on disk: `index.json`, what the shards are, and `index.npy`, a row a sample."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard, write_json
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1
+ROW = np.dtype([(name, "<i8") for name in ("start", "stop", "label", "group", "shard")])
+"""A sample in `index.npy`: its first byte, the byte after its last, label and group (-1 none), number of its shard."""
+
+
+def open_folder(folder: Path, names: Sequence[str] | None) -> tuple[dict[str, Any], NDArray[Any], list[int]]:
+    """The description, the rows and the numbers of the shards `names` (None = all) of a folder, scanned if need be.
+
+    Raises ValueError if a shard is missing, is not the one that was indexed, or was never finished.
+    """
+    about = read_description(folder)
+    if about is None or about["scanned"]:
+        names = names or sorted(tar.name for tar in folder.glob("*.tar"))
+        if not names:
+            raise ValueError(f"{folder}: no tar shards in this folder (ssl-pack makes them)")
+    if about is None:
+        about, rows = index_folder(folder, names or [])
+    else:
+        rows = _read_rows(folder, about)
+        unknown = {*(names or [])} - {shard["name"] for shard in about["shards"]}
+        if unknown and not about["scanned"]:
+            raise ValueError(f"{folder / min(unknown)}: not in the index.json beside it; move it to its own folder")
+        if unknown:
+            about, rows = index_folder(folder, sorted(unknown), known=_as_scans(about, rows))
+    places = {shard["name"]: place for place, shard in enumerate(about["shards"])}
+    wanted = sorted(places[name] for name in (places if names is None else names))
+    for place in wanted:
+        _check_size(folder, about["shards"][place], about["scanned"])
+    return about, rows, wanted
+
+
+def index_folder(
+    folder: Path, names: Sequence[str], known: Mapping[str, ShardScan] | None = None
+) -> tuple[dict[str, Any], NDArray[Any]]:
+    """Scans the tars `names` of a folder that ssl-pack did not make; returns its description and rows.
+
+    Both are written beside the tars where the folder is writable.
+    """
+    if (folder / "pack.json").exists():
+        raise ValueError(f"{folder}: packing was not finished; run the ssl-pack command again to complete it")
+    logger.info("%s: scanning %d shards for their samples, once", folder, len(names))
+    scans, said = dict(known or {}), time.monotonic()
+    for done, name in enumerate(names):
+        scans[name] = scan_shard(folder / name)
+        if time.monotonic() - said > 30:
+            said = time.monotonic()
+            logger.info("%s: scanned %d of %d shards", folder, done + 1, len(names))
+    about, rows = describe(scans, scanned=True)
+    try:
+        write_index(folder, about, rows)
+    except OSError as error:
+        logger.warning("%s: the index cannot be kept (%s): the next run scans again", folder, error.strerror)
+    return about, rows
+
+
+def describe(
+    scans: Mapping[str, ShardScan], *, scanned: bool, statistics: dict[str, Any] | None = None, **more: Any
+) -> tuple[dict[str, Any], NDArray[Any]]:
+    """What `index.json` and `index.npy` hold of the shards {name: scan}, which are put in the order of their names.
+
+    `scanned` tells tars made elsewhere from those of ssl-pack; `more` are further keys of the description.
+    """
+    scans = dict(sorted(scans.items()))
+    sizes = [len(scan.starts) for scan in scans.values()]
+    labels, label_names = number([label for scan in scans.values() for label in scan.labels])
+    groups, group_names = number([group for scan in scans.values() for group in scan.groups])
+    rows = np.empty(len(labels), dtype=ROW)
+    rows["start"] = [start for scan in scans.values() for start in scan.starts]
+    rows["stop"] = [stop for scan in scans.values() for stop in scan.stops]
+    rows["label"], rows["group"], rows["shard"] = labels, groups, np.repeat(np.arange(len(scans)), sizes)
+    values, counts = np.unique(labels[labels >= 0], return_counts=True)
+    about = {
+        "format": FORMAT,
+        "scanned": scanned,
+        "samples": len(rows),
+        "label_counts": {
+            label_names[value] if label_names else str(value): int(count)
+            for value, count in zip(values.tolist(), counts, strict=True)
+        },
+        "unlabelled": int((labels < 0).sum()),
+        "statistics": statistics,
+        **more,
+        "label_names": label_names,
+        "group_names": group_names,
+        "shards": [
+            {"name": name, "bytes": scan.size, "samples": size}
+            for (name, scan), size in zip(scans.items(), sizes, strict=True)
+        ],
+    }
+    return about, rows
+
+
+def write_index(folder: Path, about: Mapping[str, Any], rows: NDArray[Any]) -> None:
+    """Writes both files, each atomically."""
+    with atomic_file(folder / "index.npy") as file:
+        np.save(file, rows)
+    write_json(folder / "index.json", about)
+
+
+def read_description(folder: Path) -> dict[str, Any] | None:
+    """The contents of a folder's `index.json`, None if there is none; raises ValueError if it is of no use."""
+    path = folder / "index.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); delete it and index.npy, or pack again") from error
+    found = about.get("format") if isinstance(about, dict) else None
+    if found != FORMAT:
+        raise ValueError(f"{path}: expected format {FORMAT}, found {found}; delete it and index.npy, or pack again")
+    return dict(about)
+
+
+def number(values: Sequence[int | str | None]) -> tuple[NDArray[np.int64], list[str]]:
+    """Numbers labels or groups: -1 for None; integers stand for themselves, names for their place in the sorted list.
+
+    Where integers and names are mixed, all are names. Returns the numbers, and the names ([] for integers).
+    """
+    if not any(isinstance(value, str) for value in values):
+        return np.array([-1 if value is None else max(int(value), -1) for value in values], dtype=np.int64), []
+    names = sorted({str(value) for value in values if value is not None})
+    places: dict[str | None, int] = {None: -1, **{name: place for place, name in enumerate(names)}}
+    return np.array([places[None if value is None else str(value)] for value in values], dtype=np.int64), names
+
+
+def _as_scans(about: Mapping[str, Any], rows: NDArray[Any]) -> dict[str, ShardScan]:
+    """The inverse of `describe`."""
+
+    def values(numbers: NDArray[np.int64], names: Sequence[str]) -> list[int | str | None]:
+        return [None if value < 0 else names[value] if names else value for value in numbers.tolist()]
+
+    scans, first = {}, 0
+    for shard in about["shards"]:
+        part = rows[first : first + shard["samples"]]
+        scans[shard["name"]] = ShardScan(
+            size=shard["bytes"],
+            starts=part["start"].tolist(),
+            stops=part["stop"].tolist(),
+            labels=values(part["label"], about["label_names"]),
+            groups=values(part["group"], about["group_names"]),
+        )
+        first += shard["samples"]
+    return scans
+
+
+def _read_rows(folder: Path, about: Mapping[str, Any]) -> NDArray[Any]:
+    path = folder / "index.npy"
+    try:
+        rows: NDArray[Any] = np.load(path, mmap_mode="r" if about["samples"] else None)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); delete it and index.json, or pack again") from error
+    rows = rows.view(np.ndarray)  # still mapped, but a row costs a third
+    if rows.dtype != ROW or len(rows) != about["samples"]:
+        raise ValueError(f"{path}: does not belong to the index.json beside it; delete both, or pack again")
+    return rows
+
+
+def _check_size(folder: Path, shard: Mapping[str, Any], scanned: bool) -> None:
+    path = folder / shard["name"]
+    fix = f"run `ssl-pack --index {folder}`" if scanned else "run the ssl-pack command that made the folder again"
+    try:
+        found = path.stat().st_size
+    except OSError as error:
+        raise ValueError(f"{path}: listed in index.json, but {error.strerror}; {fix}") from error
+    if found != shard["bytes"]:
+        raise ValueError(f"{path}: has {found} bytes now, and {shard['bytes']} when it was indexed; {fix}")

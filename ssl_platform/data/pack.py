@@ -1,0 +1,227 @@
+"""ssl-pack: turns images into WebDataset tar shards with an index, ready for ssl-train.
+
+ssl-pack photos shards --labels folder
+"""
+
+import argparse
+import errno
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Packs images into WebDataset tar shards with an index of their labels, groups and channel statistics, for ssl-train and
+ssl-eval. Any WebDataset tool can read the tars. INPUT is
+
+  a folder                all images in it and below it;
+  a .csv or .tsv file     a table with a header: path (relative to the table), and optionally label, group (patient,
+                          slide, ...: what an evaluation must not split) and any other columns, kept with the sample;
+  an image, with --tile   a large image that is cut into tiles. With --tile and a table, each row is one tile, its upper
+                          left pixel in the columns x and y.
+
+The same input, options and seed give the same bytes. A run that was cut off goes on when the same command is given
+again; shards whose inputs are newer are made anew. Images that cannot be decoded are named, left out, and make the exit
+status 1.
+"""
+
+EXAMPLES = """\
+examples:
+  ssl-pack photos shards --labels folder
+      photos/cat/1.jpg, photos/dog/2.jpg, ...: the sub-folder is the label
+  ssl-pack table.csv shards --samples-per-shard 5000 --workers 16
+      the images that a table lists
+  ssl-pack slide.tif shards --tile 224 --stride 224 --min-tissue 0.5 --labels-image classes.png
+      the tiles of an image that are at least half tissue, labelled by a mask
+  ssl-pack --index tars
+      only indexes tars that another tool made (ssl-train does it by itself where the folder is writable)
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns 0, 1 if inputs were left out, 2 for an error, 130 for Ctrl-C."""
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    from ssl_platform.log import set_up_logging  # here and below: torch takes seconds to load, --help should not
+
+    set_up_logging()
+    try:
+        if arguments.index is not None:
+            return _index(arguments)
+        return _pack(arguments)
+    except ValueError as error:
+        reason = str(error)
+    except OSError as error:
+        reason = f"{error.filename or arguments.out or arguments.index}: {error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason += "; make room and give the same command again: finished shards are kept"
+    except KeyboardInterrupt:
+        sys.stderr.write("ssl-pack: interrupted; the same command goes on from the finished shards\n")
+        return 130
+    sys.stderr.write(f"ssl-pack: {reason}\n")
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ssl-pack",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("input", metavar="INPUT", type=Path, nargs="?", help="folder, table or image")
+    parser.add_argument("out", metavar="OUT", type=Path, nargs="?", help="folder for the shards, empty or new")
+    parser.add_argument("--index", metavar="DIR", type=Path, help="index the tars in DIR, pack nothing")
+    parser.add_argument(
+        "--labels", choices=["none", "folder"], default="none", help="folder: the sub-folder is the label"
+    )
+    parser.add_argument("--samples-per-shard", metavar="N", type=_count, default=1000, help="at most; default 1000")
+    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the shuffle before sharding; default 0")
+    parser.add_argument(
+        "--workers", metavar="N", type=_count, default=1, help="shards made at the same time; default 1"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier ssl-pack wrote into OUT")
+    parser.add_argument("--allow-bad", action="store_true", help="exit status 0 although inputs were left out")
+    parser.add_argument(
+        "--min-tissue",
+        metavar="SHARE",
+        type=_share,
+        default=0.0,
+        help="leave out images or tiles of which less is tissue: pixels whose HSV saturation is above 0.07",
+    )
+    tiles = parser.add_argument_group("tiles of a large image")
+    tiles.add_argument("--tile", metavar="PIXELS", type=_count, help="width and height of a tile")
+    tiles.add_argument("--stride", metavar="PIXELS", type=_count, help="from tile to tile; default: the tile's width")
+    tiles.add_argument("--region", metavar="X0,Y0,X1,Y1", type=_region, help="only tiles wholly inside, in pixels")
+    tiles.add_argument("--labels-image", metavar="FILE", type=Path, help="image of class numbers; 255 = no class")
+    tiles.add_argument(
+        "--label-names", metavar="A,B,...", type=lambda text: text.split(","), help="names of the classes 0, 1, ..."
+    )
+    tiles.add_argument(
+        "--label-purity", metavar="SHARE", type=_share, default=0.9, help="of a tile's pixels in one class; default 0.9"
+    )
+    tiles.add_argument(
+        "--group-block", metavar="PIXELS", type=_count, help="tiles in the same block form a group; default: 4 tiles"
+    )
+    return parser
+
+
+def _pack(arguments: argparse.Namespace) -> int:
+    from ssl_platform.data.packing import pack
+    from ssl_platform.data.sources import Grid, folder_items, grid_items, is_manifest, manifest_items
+
+    source, out, tile = arguments.input, arguments.out, arguments.tile
+    if source is None or out is None:
+        raise ValueError("INPUT and OUT are needed; see ssl-pack --help")
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder")
+    is_image = source.is_file() and not is_manifest(source)
+    _refuse_unused(arguments, is_image)
+    asked: dict[str, Any] = {"input": source.name, "tile": tile, "min_tissue": arguments.min_tissue}
+    if source.is_dir():
+        asked |= {"labels": arguments.labels}
+        items = folder_items(source, labels=arguments.labels == "folder")
+    elif not is_image:
+        items = manifest_items(source, tiles=tile is not None)
+    else:
+        grid = Grid(tile, arguments.stride or tile, arguments.group_block or 4 * tile, arguments.region)
+        asked |= grid._asdict() | {"label_purity": arguments.label_purity, "label_names": arguments.label_names}
+        items = grid_items(
+            source,
+            grid,
+            labels_image=arguments.labels_image,
+            purity=arguments.label_purity,
+            label_names=arguments.label_names or [],
+        )
+    about, unreadable = pack(
+        items,
+        out,
+        asked,
+        samples_per_shard=arguments.samples_per_shard,
+        seed=arguments.seed,
+        tile=tile or 0,
+        min_tissue=arguments.min_tissue,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+    )
+    _report(out, about)
+    return 1 if unreadable and not arguments.allow_bad else 0
+
+
+def _refuse_unused(arguments: argparse.Namespace, is_image: bool) -> None:
+    """An option that would do nothing is a mistake of whoever gave it."""
+    if is_image and arguments.tile is None:
+        raise ValueError(
+            f"{arguments.input}: one image: give --tile to cut it into tiles, or a folder or table to pack"
+        )
+    if arguments.input.is_dir() and arguments.tile is not None:
+        raise ValueError("--tile: needs an image, or a table with the columns path, x and y, not a folder")
+    if not arguments.input.is_dir() and arguments.labels != "none":
+        raise ValueError("--labels folder: only with a folder; a table has a column label")
+    for option in ("stride", "region", "labels_image", "label_names", "group_block"):
+        if not is_image and getattr(arguments, option) is not None:
+            raise ValueError(f"--{option.replace('_', '-')}: only where INPUT is an image that is cut into tiles")
+    if arguments.label_names and arguments.labels_image is None:
+        raise ValueError("--label-names: needs --labels-image")
+
+
+def _index(arguments: argparse.Namespace) -> int:
+    from ssl_platform.data.index_files import index_folder
+
+    folder: Path = arguments.index
+    if arguments.input is not None:
+        raise ValueError("--index: takes no INPUT and OUT")
+    names = sorted(tar.name for tar in folder.glob("*.tar"))
+    if not names:
+        raise ValueError(f"{folder}: no tar in this folder")
+    about, _ = index_folder(folder, names)
+    _report(folder, about)
+    return 0
+
+
+def _report(folder: Path, about: dict[str, Any]) -> None:
+    """What is in the folder now, in a few lines."""
+    size = sum(shard["bytes"] for shard in about["shards"])
+    num_shards = len(about["shards"])
+    lines = [f"{folder}: {about['samples']} samples in {num_shards} shard{'s' * (num_shards > 1)}, {size / 1e6:.1f} MB"]
+    if about["label_counts"]:
+        lines.append("labels: " + ", ".join(f"{label}: {count}" for label, count in about["label_counts"].items()))
+    if about["label_counts"] and about["unlabelled"]:
+        lines[-1] += f"; {about['unlabelled']} without"
+    if about["statistics"]:
+        mean, std = (", ".join(f"{value:.4f}" for value in about["statistics"][key]) for key in ("mean", "std"))
+        lines.append(f"channels: mean {mean}; std {std}")
+    if about.get("without_tissue"):
+        lines.append(f"left out: {about['without_tissue']} with too little tissue")
+    if about.get("unreadable"):
+        lines.append(f"left out: {about['unreadable']} that cannot be read (named above)")
+    sys.stdout.write("\n  ".join(lines) + "\n")
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}': expected a whole number of at least 1")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}': expected a number from 0 to 1")
+    return share
+
+
+def _region(text: str) -> tuple[int, int, int, int]:
+    parts = text.split(",")
+    if len(parts) != 4 or not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"'{text}': expected X0,Y0,X1,Y1 in pixels, such as 0,0,640,960")
+    x0, y0, x1, y1 = (int(part) for part in parts)
+    return x0, y0, x1, y1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,209 @@
+"""What ssl-pack can pack, as lists of items: a folder of images, a manifest of images or tiles, a large image."""
+
+import csv
+import os
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ssl_platform.modalities._images import EXTENSIONS, decode_image
+
+_MANIFESTS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
+_MAX_LINES = 10
+
+
+class Item(NamedTuple):
+    """One sample to be packed."""
+
+    path: Path
+    name: str
+    """The path as the user wrote it, or relative to the folder: what the sample remembers of its origin."""
+    label: int | str | None = None
+    group: int | str | None = None
+    columns: tuple[tuple[str, str], ...] = ()
+    """Further (name, text) pairs of a manifest."""
+    corner: tuple[int, int] | None = None
+    """x, y of the upper left pixel of a tile; None = the whole file, as it is."""
+
+
+def folder_items(folder: Path, labels: bool) -> list[Item]:
+    """Every image below a folder, sorted; with `labels`, the first folder of its relative path is its label."""
+    paths = [
+        Path(place, file)
+        for place, _, files in os.walk(folder, followlinks=True)
+        for file in files
+        if not file.startswith(".") and Path(file).suffix[1:].lower() in EXTENSIONS
+    ]
+    if not paths:
+        raise ValueError(f"{folder}: no image in this folder or below it (looked for {', '.join(EXTENSIONS)})")
+    names = sorted(path.relative_to(folder).as_posix() for path in paths)
+    texts = [name.split("/")[0] if labels and "/" in name else "" for name in names]
+    return [Item(folder / name, name, label) for name, label in zip(names, _typed(texts), strict=True)]
+
+
+def is_manifest(path: Path) -> bool:
+    return path.suffix.lower() in _MANIFESTS
+
+
+def manifest_items(manifest: Path, tiles: bool) -> list[Item]:
+    """The rows of a CSV or TSV file: columns path, label, group, any others; with `tiles`, x and y of a tile's corner.
+
+    Raises ValueError with the numbers of the lines that are wrong.
+    """
+    try:
+        with manifest.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.reader(file, delimiter=_MANIFESTS[manifest.suffix.lower()], strict=True)
+            rows = [(reader.line_num, row) for row in reader if row]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{manifest}: cannot be read as a table ({error})") from error
+    header = [name.strip() for name in rows[0][1]] if rows else []
+    for name in ("path", "x", "y") if tiles else ("path",):
+        if name not in header:
+            why = " (with --tile each row is one tile, and x, y its upper left pixel)" if name != "path" else ""
+            raise ValueError(
+                f"{manifest}: line 1: no column '{name}'{why}; the columns are {', '.join(header) or 'none'}; "
+                f"known are path, label, group and any others"
+            )
+    if twice := [name for name in header if header.count(name) > 1]:
+        raise ValueError(f"{manifest}: line 1: column '{twice[0]}' is there twice")
+    if len(rows) < 2:
+        raise ValueError(f"{manifest}: no row below the header")
+    problems = [(line, problem) for line, row in rows[1:] if (problem := _row_problem(manifest, header, row, tiles))]
+    if problems:
+        lines = [f"  line {line}: {problem}" for line, problem in problems[:_MAX_LINES]]
+        more = [f"  and {len(problems) - _MAX_LINES} more"] * (len(problems) > _MAX_LINES)
+        raise ValueError("\n".join([f"{manifest}: {len(problems)} lines cannot be used", *lines, *more]))
+    table = [dict(zip(header, row, strict=True)) for _, row in rows[1:]]
+    labels, groups = (_typed([row.get(name, "").strip() for row in table]) for name in ("label", "group"))
+    special = {"path", "label", "group", *(("x", "y") if tiles else ())}
+    return [
+        Item(
+            path=manifest.parent / row["path"],
+            name=row["path"],
+            label=label,
+            group=group,
+            columns=tuple((name, text) for name, text in row.items() if name not in special),
+            corner=(int(row["x"]), int(row["y"])) if tiles else None,
+        )
+        for row, label, group in zip(table, labels, groups, strict=True)
+    ]
+
+
+def _row_problem(manifest: Path, header: Sequence[str], row: Sequence[str], tiles: bool) -> str | None:
+    if len(row) != len(header):
+        return f"{len(row)} columns, but the header has {len(header)}"
+    values = dict(zip(header, row, strict=True))
+    if not values["path"]:
+        return "the path is empty"
+    if not (manifest.parent / values["path"]).is_file():
+        return f"no such file: {values['path']} (paths are relative to {manifest.parent})"
+    for name in ("x", "y") if tiles else ():
+        if not re.fullmatch(r"\d+", values[name].strip()):
+            return f"{name} is '{values[name]}', expected a whole number of pixels"
+    return None
+
+
+class Grid(NamedTuple):
+    """How a large image is cut into tiles; lengths in pixels."""
+
+    tile: int
+    stride: int
+    group_block: int
+    """Tiles whose centre is in the same square block of this size form a group."""
+    region: tuple[int, int, int, int] | None = None
+    """x0, y0, x1, y1: only tiles wholly inside."""
+
+
+def grid_items(
+    image: Path, grid: Grid, *, labels_image: Path | None, purity: float, label_names: Sequence[str]
+) -> list[Item]:
+    """The tiles of an image, row by row; groups are spatial blocks.
+
+    A tile's label is the class that at least the share `purity` of its pixels in the labels image have.
+    """
+    height, width = read_image(image).shape[1:]
+    x0, y0, x1, y1 = grid.region or (0, 0, width, height)
+    if not (0 <= x0 < x1 <= width and 0 <= y0 < y1 <= height):
+        raise ValueError(f"region {x0},{y0},{x1},{y1}: expected x0 < x1 <= {width} and y0 < y1 <= {height}, the image")
+    corners = [
+        (x, y) for y in range(y0, y1 - grid.tile + 1, grid.stride) for x in range(x0, x1 - grid.tile + 1, grid.stride)
+    ]
+    if not corners:
+        raise ValueError(f"{image}: tiles of {grid.tile} pixels do not fit into {x1 - x0} x {y1 - y0} pixels")
+    label_at = _label_reader(labels_image, (height, width), purity, label_names, grid.tile)
+
+    def group_at(x: int, y: int) -> str:
+        row, column = ((corner + grid.tile // 2) // grid.group_block for corner in (y, x))
+        return f"{image.stem}_row{row}_column{column}"
+
+    return [Item(image, image.name, label_at(x, y), group_at(x, y), corner=(x, y)) for x, y in corners]
+
+
+def _label_reader(
+    path: Path | None, size: tuple[int, int], purity: float, names: Sequence[str], tile: int
+) -> Callable[[int, int], int | str | None]:
+    if path is None:
+        return lambda x, y: None
+    classes = _read_classes(path)
+    if classes.shape != size:
+        raise ValueError(
+            f"{path}: has {classes.shape[1]} x {classes.shape[0]} pixels, but the image that it labels has "
+            f"{size[1]} x {size[0]}"
+        )
+
+    def label_at(x: int, y: int) -> int | str | None:
+        counts = np.bincount(classes[y : y + tile, x : x + tile].ravel())
+        found = int(counts.argmax())
+        if counts[found] < purity * tile * tile or (found >= len(names) if names else found in (255, 65535)):
+            return None
+        return names[found] if names else found
+
+    return label_at
+
+
+def _read_classes(path: Path) -> NDArray[np.int64]:
+    """(H, W): the class of each pixel; a palette image's numbers, not its colours."""
+    try:
+        image = Image.open(path)
+        classes = np.asarray(image)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: cannot be read as an image ({error})") from error
+    if classes.ndim != 2 or classes.dtype.kind not in "bui":
+        raise ValueError(
+            f"{path}: pixels of mode {image.mode}; expected one channel that holds the number of the class"
+        )
+    return classes.astype(np.int64)
+
+
+def _typed(texts: Sequence[str]) -> list[int | str | None]:
+    """Labels or groups as integers if all of them are whole numbers as one writes them, else names; "" is None."""
+    given = [text for text in texts if text]
+    if all(re.fullmatch(r"-?(0|[1-9]\d{0,17})", text) for text in given):
+        return [int(text) if text and int(text) >= 0 else None for text in texts]
+    return [text or None for text in texts]
+
+
+_last_image: dict[Path, NDArray[np.generic]] = {}
+
+
+def read_image(path: Path) -> NDArray[np.generic]:
+    """The (C, H, W) pixels of an image that tiles are cut from; the last one is remembered, for the next tile.
+
+    Processes forked later share it. Raises ValueError with the reason if it cannot be read.
+    """
+    if path not in _last_image:
+        _last_image.clear()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+        try:
+            _last_image[path] = decode_image(data, path.suffix[1:].lower()).numpy()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return _last_image[path]

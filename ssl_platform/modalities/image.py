@@ -1,0 +1,319 @@
+"""Images of any number of channels, 8 or 16 bit: DINO's multi-crop augmentation."""
+
+import difflib
+from collections.abc import Mapping
+from functools import partial
+from typing import Annotated, Any, NamedTuple
+
+import numpy as np
+import torch
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+from torch import Tensor
+
+from ssl_platform.backbones.patch_embed import GridPatchEmbed
+from ssl_platform.config import Config as Section
+from ssl_platform.config import PluginConfig
+from ssl_platform.modalities import GroupSpec
+from ssl_platform.modalities import _image_augmentations as augmentations
+from ssl_platform.modalities._image_augmentations import BoxSampler, Step
+from ssl_platform.modalities._images import (
+    EXTENSIONS,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Normalization,
+    Size,
+    channel_values,
+    decode_image,
+    resize_and_center_crop,
+    to_float,
+)
+from ssl_platform.modalities._options import (
+    Interval,
+    PerView,
+    Probability,
+    SizeOption,
+    Strength,
+    check_interval,
+    from_list,
+    over_defaults,
+    pair,
+    raise_if_any,
+)
+from ssl_platform.views import SampleViews
+
+# -- configuration -----------------------------------------------------------------------------------------------------
+
+
+class CropsConfig(Section):
+    """One group of crops."""
+
+    num: int = Field(ge=0)
+    """Views of this group; 0 leaves it out."""
+    size: SizeOption
+    """One number, or [height, width]; a multiple of the patch size."""
+    scale: Interval
+    """Share of the image's area that a crop shows: uniform in [min, max]."""
+    aspect: Interval = (3 / 4, 4 / 3)
+    """Width / height of the part shown: log-uniform in [min, max]."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "CropsConfig":
+        raise_if_any(check_interval("scale", self.scale, 1) + check_interval("aspect", self.aspect))
+        return self
+
+
+class ColorJitterConfig(Section):
+    """In random order, factors U(1 - strength, 1 + strength) and a hue shift U(-hue, hue); the last two need RGB."""
+
+    probability: Probability = 0.8
+    brightness: Strength = 0.4
+    contrast: Strength = 0.4
+    saturation: Strength = 0.2
+    hue: Annotated[float, Field(ge=0, le=0.5)] = 0.1
+
+
+class Config(PluginConfig):
+    """Crops of images, with DINOv2's augmentations.
+
+    Probabilities are applied as written. DINOv2's own code is not: its GaussianBlur hands 1 - p to torchvision's
+    RandomApply, which applies with the probability it is given, so its recipes' p = 1.0 and 0.1 never blur the first
+    global view and blur the second nine times of ten. To repeat what its released models saw, set
+    `blur: {global: [0.0, 0.9]}`.
+    """
+
+    name: str = "image"
+    channels: int = Field(3, ge=1)
+    patch_size: SizeOption = 16
+    crops: dict[str, CropsConfig] = {
+        "global": CropsConfig(num=2, size=224, scale=(0.32, 1.0)),
+        "local": CropsConfig(num=8, size=96, scale=(0.05, 0.32)),
+    }
+    """Groups of views; keys that are left out keep their defaults, and further groups may be added."""
+    horizontal_flip: Probability = 0.5
+    vertical_flip: Probability = 0.0
+    right_angle_rotation: Probability = 0.0
+    """That a view is turned: by 90, 180 or 270 degrees, equally likely."""
+    color_jitter: ColorJitterConfig = ColorJitterConfig()
+    grey: Probability = 0.2
+    """That the colour is taken away (RGB only)."""
+    blur: dict[str, PerView] = {"global": (1.0, 0.1), "local": (0.5,)}
+    """Probability of Gaussian blur, sigma U(0.1, 2) pixels, for each view of a group, repeated if there are more."""
+    solarize: dict[str, PerView] = {"global": (0.0, 0.2), "local": (0.0,)}
+    """Probability of solarisation, likewise."""
+    mean: Annotated[tuple[float, ...], from_list] | None = None
+    """Of each channel, pixels in [0, 1]. None: the shards' statistics, else ImageNet's for 3 channels, else 0.5."""
+    std: Annotated[tuple[float, ...], from_list] | None = None
+    normalize_per_sample: bool = False
+    """Every channel of every view gets mean 0 and standard deviation 1 of its own; `mean` and `std` are not used."""
+    to_grey: bool = False
+    """RGB becomes its luma, after the augmentations and in evaluation: in 1 channel, or in all 3 of them."""
+    evaluation_size: SizeOption | None = None
+    """Of the view that evaluation shows; None: the size of the global crops."""
+    evaluation_resize: SizeOption | None = None
+    """An image is scaled to cover this before `evaluation_size` is cut from its center. None: 256 / 224 of that size,
+    but an image that has exactly `evaluation_size` is shown as it is."""
+
+    @field_validator("crops", "blur", "solarize", mode="before")
+    @classmethod
+    def _keep_defaults(cls, value: Any, info: ValidationInfo) -> Any:
+        return over_defaults(cls.model_fields[info.field_name or ""].default, value)
+
+    @model_validator(mode="after")
+    def _check(self) -> "Config":
+        raise_if_any(self.problems())
+        return self
+
+    def problems(self) -> list[str]:
+        """Settings that cannot work together, one line each."""
+        patch, lines = pair(self.patch_size), []
+        if self.crops["global"].num < 1:
+            lines.append("crops.global.num: at least 1, the teacher needs a view")
+        sizes = {f"crops.{name}.size": crops.size for name, crops in self.crops.items() if crops.num}
+        if self.evaluation_size is not None:
+            sizes["evaluation_size"] = self.evaluation_size
+        for key, size in sizes.items():
+            for length, step in zip(pair(size), patch, strict=True):
+                if length % step:
+                    near = " or ".join(str(n) for n in (length // step * step, (length // step + 1) * step) if n)
+                    lines.append(f"{key}: {length} is not a multiple of patch_size {step}; use {near}")
+        for key, groups in (("blur", self.blur), ("solarize", self.solarize)):
+            for group in groups.keys() - self.crops.keys():
+                near = next(iter(difflib.get_close_matches(group, self.crops, n=1)), "")
+                hint = f"did you mean '{near}'?" if near else f"there are {', '.join(self.crops)}"
+                lines.append(f"{key}.{group}: no group of crops has this name; {hint}")
+        if (self.mean is None) != (self.std is None):
+            lines.append("mean, std: give both or neither")
+        for key, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.channels:
+                lines.append(f"{key}: {len(values)} values for {self.channels} channels")
+        if self.std is not None and min(self.std, default=1) <= 0:
+            lines.append("std: must be above 0")
+        if self.to_grey and self.channels not in (1, 3):
+            lines.append(f"to_grey: makes 1 or 3 channels, not channels: {self.channels}")
+        if any(cover < size for cover, size in zip(*self._evaluation_sizes(), strict=True)):
+            lines.append(f"evaluation_resize: {self.evaluation_resize} does not cover evaluation_size")
+        return lines
+
+    def _evaluation_sizes(self) -> tuple[Size, Size]:
+        """(size to cover, size to cut)"""
+        size = pair(self.evaluation_size or self.crops["global"].size)
+        if self.evaluation_resize is None:
+            return (round(size[0] * 256 / 224), round(size[1] * 256 / 224)), size
+        return pair(self.evaluation_resize), size
+
+    def build(self, statistics: Mapping[str, Any] | None = None) -> "Image":
+        """`statistics` are {"mean": [...], "std": [...]} of each channel, pixel values in [0, 1]."""
+        return Image(**self._arguments(statistics))
+
+    def _arguments(self, statistics: Mapping[str, Any] | None) -> dict[str, Any]:
+        """The arguments of the modality."""
+        cover, size = self._evaluation_sizes()
+        return {
+            "channels": self.channels,
+            "patch_size": pair(self.patch_size),
+            "recipes": {name: self._recipe(name, crops) for name, crops in self.crops.items() if crops.num},
+            "normalization": self._normalization(statistics),
+            "evaluation_size": size,
+            "evaluation_resize": cover,
+            "keep_exact_size": self.evaluation_resize is None,
+        }
+
+    def _recipe(self, group: str, crops: CropsConfig) -> "GroupRecipe":
+        geometry = partial(
+            augmentations.random_view,
+            box=self._box_sampler(crops),
+            size=pair(crops.size),
+            horizontal_flip=self.horizontal_flip,
+            vertical_flip=self.vertical_flip,
+            right_angle_rotation=self.right_angle_rotation,
+        )
+        return GroupRecipe(pair(crops.size), geometry, tuple(self._colors(group, view) for view in range(crops.num)))
+
+    def _box_sampler(self, crops: CropsConfig) -> BoxSampler:
+        return partial(augmentations.random_box, scale=crops.scale, aspect=crops.aspect)
+
+    def _colors(self, group: str, view: int) -> tuple[Step, ...]:
+        """The steps after the crop, in DINO's order."""
+        blur, solarize = self.blur.get(group, (0.0,)), self.solarize.get(group, (0.0,))
+        jitter = self.color_jitter.model_dump() | ({} if self._is_rgb else {"saturation": 0.0, "hue": 0.0})
+        grey = (partial(augmentations.random_grey, probability=self.grey),) if self._is_rgb else ()
+        return (
+            partial(augmentations.random_color_jitter, **jitter),
+            *grey,
+            partial(augmentations.random_gaussian_blur, probability=blur[view % len(blur)]),
+            partial(augmentations.random_solarize, probability=solarize[view % len(solarize)]),
+        )
+
+    @property
+    def _is_rgb(self) -> bool:
+        """Whether images have colours while they are augmented."""
+        return self.channels == 3 or self.to_grey
+
+    def _normalization(self, statistics: Mapping[str, Any] | None) -> Normalization:
+        if self.normalize_per_sample:
+            return Normalization(self.channels, to_grey=self.to_grey)
+        if self.mean is not None and self.std is not None:
+            return Normalization(self.channels, self.mean, self.std, self.to_grey)
+        if statistics is None:
+            mean, std = (IMAGENET_MEAN, IMAGENET_STD) if self._is_rgb else ((0.5,), (0.5,))
+        else:
+            mean, std = statistics["mean"], statistics["std"]
+        return Normalization(
+            self.channels,
+            channel_values(mean, self.channels, self.to_grey),
+            channel_values(std, self.channels, self.to_grey),
+            self.to_grey,
+        )
+
+
+# -- modality ----------------------------------------------------------------------------------------------------------
+
+
+class GroupRecipe(NamedTuple):
+    """How the views of one group are made."""
+
+    size: Size
+    geometry: Step
+    """Image -> a view of `size`."""
+    colors: tuple[tuple[Step, ...], ...]
+    """What happens to the pixels of each view, as float32."""
+
+
+class Image:
+    """Images as Modality; examples are uint8 or uint16 tensors (C, H, W)."""
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        patch_size: Size,
+        recipes: dict[str, GroupRecipe],
+        normalization: Normalization,
+        evaluation_size: Size,
+        evaluation_resize: Size,
+        keep_exact_size: bool,
+    ) -> None:
+        self.channels = channels
+        self.patch_size = patch_size
+        self.recipes = recipes
+        self.normalization = normalization
+        self.evaluation_size = evaluation_size
+        self.evaluation_resize = evaluation_resize
+        self.keep_exact_size = keep_exact_size
+        self.groups: dict[str, GroupSpec] = {}
+        self.sources: dict[str, Tensor] = {}
+        first = 0
+        for name, recipe in recipes.items():
+            grid = (recipe.size[0] // patch_size[0], recipe.size[1] // patch_size[1])
+            self.groups[name] = GroupSpec(len(recipe.colors), (channels, *recipe.size), grid)
+            self.sources[name] = torch.arange(first, first + len(recipe.colors))
+            first += len(recipe.colors)
+
+    def decode(self, record: dict[str, bytes]) -> Tensor:
+        """The record's image, the first of EXTENSIONS it has, as uint8 or uint16 (C, H, W)."""
+        found = [extension for extension in EXTENSIONS if extension in record]
+        if not found:
+            raise ValueError(
+                f"no image in the record: it has {', '.join(record) or 'nothing'}, not {'/'.join(EXTENSIONS)}"
+            )
+        channels = 3 if self.normalization.to_grey else self.channels
+        return decode_image(record[found[0]], found[0], channels)
+
+    def augment(self, examples: tuple[Tensor, ...], rng: np.random.Generator) -> dict[str, SampleViews]:
+        """Each group's crops of examples[0]: views (V, C, H, W) float32, every crop a source of its own."""
+        groups = {}
+        for name, recipe in self.recipes.items():
+            views = []
+            for steps in recipe.colors:
+                view = to_float(recipe.geometry(examples[0], rng))
+                for step in steps:
+                    view = step(view, rng)
+                views.append(view)
+            groups[name] = SampleViews(self.normalization(torch.stack(views)), self.sources[name])
+        return groups
+
+    def preprocess(self, example: Tensor) -> Tensor:
+        """The image scaled (antialiased bicubic) and cut to `evaluation_size`, normalised: (C, H, W) float32."""
+        if not (self.keep_exact_size and tuple(example.shape[-2:]) == self.evaluation_size):
+            example = resize_and_center_crop(example, self.evaluation_resize, self.evaluation_size)
+        return self.normalization(to_float(example))
+
+    def patch_embed(self, embed_dim: int, group: str = "global") -> GridPatchEmbed:
+        """Patches of `patch_size`, with the position grid of the group."""
+        return GridPatchEmbed(self.channels, embed_dim, self.patch_size, self.groups[group].grid)
+
+    def description(self) -> dict[str, Any]:
+        """The facts of `preprocess`; `mean` 0 and `std` 1 where each sample is normalised by its own."""
+        return {
+            "input_size": [self.channels, *self.evaluation_size],
+            "mean": self.normalization.mean.flatten().tolist(),
+            "std": self.normalization.std.flatten().tolist(),
+            "interpolation": "bicubic",
+            "antialias": True,
+            "resize": list(self.evaluation_resize),
+            "crop_pct": self.evaluation_size[0] / self.evaluation_resize[0],
+            "crop_mode": "center",
+            "keep_exact_size": self.keep_exact_size,
+            "normalize_per_sample": self.normalization.per_sample,
+            "to_grey": self.normalization.to_grey,
+        }
