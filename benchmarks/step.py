@@ -9,7 +9,6 @@ before and after every step, and the figure is the median of ten ratios, so a ma
 import argparse
 import json
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -18,12 +17,12 @@ from statistics import median
 import torch
 
 from ssl_platform.config import validate
+from ssl_platform.estimate import peak_memory, random_batch
 from ssl_platform.flops import step_flops
 from ssl_platform.recipe import Recipe
-from ssl_platform.train import build, train_step
-from ssl_platform.views import Batch, ViewGroup
+from ssl_platform.step import build, train_step
 
-BATCH, GLOBAL, LOCAL = 8, 224, 96
+BATCH = 8
 
 
 def recipe(precision: str, prototypes: int, batch_size: int) -> Recipe:
@@ -51,20 +50,6 @@ def recipe(precision: str, prototypes: int, batch_size: int) -> Recipe:
     return validate(Recipe, data)
 
 
-def random_batch(settings: Recipe, batch_size: int) -> Batch:
-    """Views of noise, and the masks that a run would draw."""
-    groups = settings.modality.build(None).groups
-    masks = settings.masks["block"].build().draw(
-        2, groups["global"].grid, seed=0, step=0, batch_size=batch_size, first=0, count=batch_size
-    )
-    ids = torch.arange(batch_size)
-    made = {
-        "global": ViewGroup(torch.randn(2, batch_size, 3, GLOBAL, GLOBAL), torch.arange(2), {"block": masks}),
-        "local": ViewGroup(torch.randn(8, batch_size, 3, LOCAL, LOCAL), torch.arange(2, 10)),
-    }
-    return Batch(made, [str(i) for i in range(batch_size)], ids, ids, 0)
-
-
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
     """FLOP/s of one (size x size) product, the best of three."""
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -88,11 +73,10 @@ def measure(precision: str, prototypes: int, batch_size: int, repeats: int, devi
     settings = recipe(precision, prototypes, batch_size)
     torch.manual_seed(0)
     parts = build(settings, settings.modality.build(None), 1, device)
-    batch = random_batch(settings, batch_size).to(device)
+    masks = {name: config.build() for name, config in settings.masks.items()}
+    batch = random_batch(settings.modality.build(None), masks, batch_size).to(device)
     active = list(settings.objectives)
-    flops = step_flops(
-        parts.student_teacher, batch, student=("global", "local"), teacher=("global",), masks="block"
-    )
+    flops = step_flops(parts.student_teacher, batch, student=("global", "local"), teacher=("global",), masks="block")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 4096 if device.type == "cuda" else 2048
     train_step(parts, iter([batch]), 0, active)
@@ -105,9 +89,6 @@ def measure(precision: str, prototypes: int, batch_size: int, repeats: int, devi
         times.append(time.perf_counter() - begun)
         peaks.append(matmul_rate(dtype, device, size))
         ratios.append(flops / times[-1] / (sum(peaks[-2:]) / 2))
-    memory = (
-        torch.cuda.max_memory_allocated() if device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
     return {
         "precision": precision,
         "prototypes": prototypes,
@@ -116,7 +97,7 @@ def measure(precision: str, prototypes: int, batch_size: int, repeats: int, devi
         "mfu_range": [round(min(ratios), 3), round(max(ratios), 3)],
         "model_tflop": round(flops / 1e12, 3),
         "matmul_gflops": round(median(peaks) / 1e9, 1),
-        "peak_memory_gb": round(memory / 1e9, 2),
+        "peak_memory_gb": round(peak_memory(device) / 1e9, 2),
     }
 
 
@@ -133,7 +114,11 @@ def main() -> int:
         line = measure(arguments.precision[0], arguments.prototypes[0], arguments.batch_size, arguments.repeats, device)
         sys.stdout.write(json.dumps(line) + "\n")
         return 0
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{platform.machine()}, {torch.get_num_threads()} threads"
+    )
     sys.stdout.write(json.dumps({"device": name, "torch": torch.__version__}) + "\n")
     for precision in arguments.precision:
         if precision == "bf16" and (slow := bf16_is_emulated(device)):

@@ -2,8 +2,8 @@
 
 import argparse
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -153,7 +153,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         choices=("random", "pixels"),
         default=["random", "pixels"],
-        help="scored beside it: the same network with random weights, the preprocessed pixels (both)",
+        help="scored beside it: the network as it was before the first step, the preprocessed pixels (both)",
     )
     group.add_argument(
         "--batch-size", type=positive, default=64, metavar="N", help="samples per forward pass (%(default)s)"
@@ -162,7 +162,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=2, metavar="N", help="processes that read and preprocess (%(default)s)"
     )
     group.add_argument("--device", help="such as cpu or cuda:1 (a GPU if there is one)")
-    group.add_argument("--seed", type=int, default=0, help="of random weights and resampling (%(default)s)")
+    group.add_argument("--seed", type=int, default=0, help="of the resampling (%(default)s)")
 
 
 def read_features(arguments: argparse.Namespace) -> Extracted:
@@ -170,16 +170,15 @@ def read_features(arguments: argparse.Namespace) -> Extracted:
     device = _device(arguments.device)
     indexes = Index.open(arguments.train), Index.open(arguments.test)
     match(*indexes)  # complains before anything slow
-    encoder = Encoder.load(arguments.checkpoint, network=arguments.network).to(device).eval()
+    encoder = Encoder.load(arguments.checkpoint, network=arguments.network).to(device)
     networks: dict[str, Callable[[Tensor], Tensor]] = {arguments.network: lambda views: encoder(views).cls}
     if "random" in arguments.baselines:
-        torch.manual_seed(arguments.seed)
-        random = Encoder.load(arguments.checkpoint, network=arguments.network, random_init=True).to(device).eval()
+        random = Encoder.load(arguments.checkpoint, network=arguments.network, random_init=True).to(device)
         networks["random"] = lambda views: random(views).cls
     if "pixels" in arguments.baselines:
         networks["pixels"] = pixels
 
-    def read(index: Index, numbers: list[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    def read(index: Index, numbers: list[int]) -> Generator[tuple[Tensor, Tensor], None, None]:
         sizes = {"batch_size": arguments.batch_size, "workers": arguments.workers}
         return preprocessed(index, encoder.modality, ids=numbers, **sizes)
 
@@ -187,16 +186,22 @@ def read_features(arguments: argparse.Namespace) -> Extracted:
     checkpoint = {
         "path": str(arguments.checkpoint),
         "network": arguments.network,
+        "step": encoder.config.step,
         "embed_dim": encoder.embed_dim,
         "preprocessing": encoder.modality.description(),
     }
-    return replace(extracted, facts={"checkpoint": checkpoint, **extracted.facts})
+    notes = extracted.notes
+    if "random" in networks and any(
+        getattr(each.backbone, "pretrained", False) for each in encoder.config.networks.values()
+    ):
+        notes = [*notes, "The run began with released weights: its baseline at step 0 is those, not random ones."]
+    return replace(extracted, facts={"checkpoint": checkpoint, **extracted.facts}, notes=notes)
 
 
 def extract_splits(
     train_index: Index,
     test_index: Index,
-    read: Callable[[Index, list[int]], Iterable[tuple[Tensor, Tensor]]],
+    read: Callable[[Index, list[int]], Generator[tuple[Tensor, Tensor], None, None]],
     networks: Mapping[str, Callable[[Tensor], Tensor]],
     device: torch.device,
 ) -> Extracted:
@@ -210,8 +215,8 @@ def extract_splits(
         if found and index.shards == train_index.shards and np.array_equal(samples.numbers, train.numbers):
             found.append(found[0])  # the same split again
             continue
-        batches = read(index, samples.numbers.tolist())
-        found.append(extract(batches, index, samples, networks, device=device, description=f"{name} features"))
+        with closing(read(index, samples.numbers.tolist())) as batches:  # or workers would outlive an error
+            found.append(extract(batches, index, samples, networks, device=device, description=f"{name} features"))
     per_class = [np.bincount(samples.labels, minlength=len(train.label_names)).tolist() for samples in (train, test)]
     data = {
         "train": [str(shard) for shard in train_index.shards],

@@ -155,7 +155,9 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """The inverse; raises CheckpointError for tensors of parameters that are not there."""
-    names = {name: p for group in optimizer.param_groups for name, p in zip(group["names"], group["params"], strict=True)}
+    names = {
+        name: p for group in optimizer.param_groups for name, p in zip(group["names"], group["params"], strict=True)
+    }
     foreign = sorted({key.rpartition("/")[0] for key in tensors} - names.keys())
     if foreign:
         raise CheckpointError(f"the checkpoint's optimiser holds parameters this configuration has not: {foreign[:5]}")

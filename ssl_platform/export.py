@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 import shutil
 import sys
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch and timm take seconds to load, and --help should not
-    from torch import Tensor, nn
+    from torch import nn
 
     from ssl_platform.backbones._conversion import TimmModel
     from ssl_platform.encoder import Encoder

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ssl_platform.backbones._blocks import Block
 from ssl_platform.backbones.vit import VisionTransformer
 from ssl_platform.heads.projection import ProjectionHead
 from ssl_platform.student_teacher import StudentTeacher
@@ -27,11 +28,12 @@ def vit_flops(vit: VisionTransformer, rows: int, num_patches: int, *, trained: b
     assert isinstance(weight, torch.Tensor)
     total = linear(rows * num_patches, weight[0].numel(), dim, trained=trained, input_gradient=False)
     for block, rate in zip(vit.blocks, vit.drop_path, strict=True):
+        assert isinstance(block, Block)
         kept = max(int(rows * (1 - rate)), 1) if trained and rate else rows
-        hidden, first = block.mlp.fc2.in_features, block.mlp.fc1.out_features  # type: ignore[union-attr]
-        total += linear(kept * length, dim, 3 * dim, trained=trained) + linear(kept * length, dim, dim, trained=trained)
+        hidden, first = block.mlp.fc2.in_features, block.mlp.fc1.out_features
+        for fan_in, fan_out in ((dim, 3 * dim), (dim, dim), (dim, first), (hidden, dim)):
+            total += linear(kept * length, fan_in, fan_out, trained=trained)
         total += 2 * 2 * kept * length * length * dim * (3 if trained else 1)  # q k' and (softmax) v
-        total += linear(kept * length, dim, first, trained=trained) + linear(kept * length, hidden, dim, trained=trained)  # type: ignore[arg-type]
     return total
 
 
@@ -42,7 +44,9 @@ def head_flops(head: ProjectionHead, rows: int, *, trained: bool) -> int:
     return total + linear(rows, layers[-1].out_features, head.prototypes, trained=trained)
 
 
-def step_flops(model: StudentTeacher, batch: Batch, *, student: Sequence[str], teacher: Sequence[str], masks: str) -> int:
+def step_flops(
+    model: StudentTeacher, batch: Batch, *, student: Sequence[str], teacher: Sequence[str], masks: str
+) -> int:
     """One DINO + iBOT micro-batch: `student` and `teacher` are the groups that each sees, `masks` iBOT's masks."""
     networks, groups = model.networks, batch.groups
     total = 0
@@ -58,10 +62,13 @@ def step_flops(model: StudentTeacher, batch: Batch, *, student: Sequence[str], t
             total += vit_flops(network, views.shape[0] * views.shape[1], num_patches, trained=trained)
     masked = int(groups[teacher[0]].masks[masks].sum())
     for objective, rows in (("dino", {"student": student, "teacher": teacher}), ("ibot", None)):
-        copies = model.heads[model.objective(objective).head]  # type: ignore[index]
+        copies = model.heads[str(model.objective(objective).head)]
+        assert isinstance(copies, nn.ModuleDict)
         for name, trained in (("student", True), ("teacher", False)):
-            head = copies[name]  # type: ignore[index]
+            head = copies[name]
             assert isinstance(head, ProjectionHead)
-            count = masked if rows is None else sum(groups[g].views.shape[0] * groups[g].views.shape[1] for g in rows[name])
+            count = (
+                masked if rows is None else sum(groups[g].views.shape[0] * groups[g].views.shape[1] for g in rows[name])
+            )
             total += head_flops(head, count, trained=trained)
     return total

@@ -141,9 +141,9 @@ def check_names(recipe: Recipe) -> list[str]:
         for objective in stage.objectives or ():
             if objective not in recipe.objectives:
                 lines.append(f"stages.{name}.objectives: '{objective}' is no objective")
-        for network in [*stage.init, *stage.init.values()]:
-            if network not in recipe.networks:
-                lines.append(f"stages.{name}.init: '{network}' is no network")
+        for used in [*stage.init, *stage.init.values()]:
+            if used not in recipe.networks:
+                lines.append(f"stages.{name}.init: '{used}' is no network")
     return lines + _check_requests(recipe)
 
 
@@ -163,7 +163,9 @@ def _check_requests(recipe: Recipe) -> list[str]:
     for name, objective in recipe.objectives.items():
         for key, known in kinds.items():
             value = getattr(objective, key, None)
-            used = list(value.values()) if isinstance(value, dict) else [value] if isinstance(value, str) else value or ()
+            used = (
+                list(value.values()) if isinstance(value, dict) else [value] if isinstance(value, str) else value or ()
+            )
             lines += [
                 f"objectives.{name}.{key}: '{item}' does not exist; there are: {', '.join(known) or 'none'}"
                 for item in used
@@ -194,9 +196,7 @@ def build_networks(recipe: Recipe, modality: Modality) -> dict[str, nn.Module]:
     return {name: networks[name] for name in recipe.networks}
 
 
-def build_student_teacher(
-    recipe: Recipe, modality: Modality, num_samples: int, device: torch.device
-) -> StudentTeacher:
+def build_student_teacher(recipe: Recipe, modality: Modality, num_samples: int, device: torch.device) -> StudentTeacher:
     """Networks, heads and objectives on `device`; averaged copies start equal to what they follow."""
     networks = build_networks(recipe, modality)
     embed_dims: dict[str, int] = {name: network.embed_dim for name, network in networks.items()}  # type: ignore[misc]

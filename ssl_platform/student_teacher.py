@@ -178,7 +178,7 @@ class StudentTeacher(nn.Module):
         inside = [child for objective in self.objectives.values() for child in objective.children()]
         heads = [module for copies in self.heads.values() for module in copies.children()]
         for module in [*self.networks.values(), *heads, *inside]:
-            module.forward = torch.autocast(device, dtype)(module.forward)  # type: ignore[method-assign]
+            module.forward = torch.autocast(device, dtype)(module.forward)
 
 
 @torch.no_grad()

@@ -60,7 +60,9 @@ class Batch:
             return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
         groups = {
-            name: ViewGroup(group.views.to(device, non_blocking=True), group.source, move(group.masks), move(group.extra))
+            name: ViewGroup(
+                group.views.to(device, non_blocking=True), group.source, move(group.masks), move(group.extra)
+            )
             for name, group in self.groups.items()
         }
         return replace(self, groups=groups)

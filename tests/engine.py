@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 
-
 from ssl_platform.config import validate
 from ssl_platform.recipe import Recipe, build_student_teacher
+from ssl_platform.step import Parts
 from ssl_platform.student_teacher import StudentTeacher
-from ssl_platform.train import Parts
 from ssl_platform.views import Batch, ViewGroup
 from tests.probes.toy import SPECS
 
@@ -48,7 +47,7 @@ def model(**changes: Any) -> StudentTeacher:
 
 
 def parts(**changes: Any) -> Parts:
-    from ssl_platform.train import build
+    from ssl_platform.step import build
 
     made = recipe(**changes)
     return build(made, made.modality.build(None), 8, torch.device("cpu"))
@@ -60,7 +59,9 @@ def batch(seed: int = 0, size: int = 4, masked: float = 0.5) -> Batch:
     masks = torch.zeros(2, 1, size, 4, dtype=torch.bool)
     masks[:, :, ::2, : max(int(4 * masked), 0)] = True
     groups = {
-        "global": ViewGroup(torch.randn(2, size, *SPECS["global"].shape, generator=generator), torch.arange(2), {"block": masks}),
+        "global": ViewGroup(
+            torch.randn(2, size, *SPECS["global"].shape, generator=generator), torch.arange(2), {"block": masks}
+        ),
         "local": ViewGroup(torch.randn(2, size, *SPECS["local"].shape, generator=generator), torch.tensor([2, 3])),
     }
     ids = torch.arange(size)

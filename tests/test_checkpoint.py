@@ -11,7 +11,7 @@ from ssl_platform import checkpoint
 from ssl_platform.checkpoint import CheckpointError, TrainState
 from ssl_platform.log import cut_back, read_lines
 from ssl_platform.run_lock import RunLocked, lock
-from ssl_platform.train import train_step
+from ssl_platform.step import train_step
 from tests import engine
 from tests.ranks import run_ranks
 
@@ -25,8 +25,14 @@ def write(folder: Path, step: int) -> Path:
 def test_round_trip(tmp_path: Path) -> None:
     path = write(tmp_path, 7)
     assert path.name == "step_00000007"
-    assert sorted(os.listdir(tmp_path)) == ["step_00000007"], "nothing temporary is left"
-    assert sorted(os.listdir(path)) == ["config.yaml", "model.safetensors", "optimizer.safetensors", "state.json"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step_00000007"], "nothing temporary is left"
+    names = sorted(entry.name for entry in path.iterdir())
+    assert names == [
+        "config.yaml",
+        "model.safetensors",
+        "optimizer.safetensors",
+        "state.json",
+    ]
     state = checkpoint.read_state(path)
     assert (state.step, state.counters) == (7, {"skipped_steps": 2})
     assert torch.equal(checkpoint.read_tensors(path, "model")["a"], torch.arange(1000.0))
@@ -74,7 +80,7 @@ def test_saving_again_over_what_a_kill_left(tmp_path: Path) -> None:
     broken = write(tmp_path, 7)
     (broken / "state.json").unlink()
     checkpoint.verify(write(tmp_path, 7))
-    assert sorted(os.listdir(tmp_path)) == ["step_00000007"]
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["step_00000007"]
 
 
 def test_a_failed_save_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -63,7 +63,10 @@ def test_every_error_at_once_with_the_nearest_key(tmp_path: Path) -> None:
             {"data": {"shards": "x", "window_shards": 8, "cache_shards": 4}},
             "data: cache_shards 4 is smaller than the shuffle window, window_shards 8",
         ),
-        ({"batch_size": 10, "accumulate": 4}, "batch_size: 10 cannot be split over 1 ranks x accumulate 4; use a multiple"),
+        (
+            {"batch_size": 10, "accumulate": 4},
+            "batch_size: 10 cannot be split over 1 ranks x accumulate 4; use a multiple",
+        ),
         ({"stages": {"a": {"steps": 3}}}, "steps: 10, but the stages add up to 3 (steps x repeat)"),
         (
             {"networks": {"student": {"backbone": engine.VIT}, "teacher": {"update": "ema"}}},

@@ -19,8 +19,8 @@ from ssl_platform.objectives._targets import build_targets
 from ssl_platform.objectives.dino import Dino
 from ssl_platform.objectives.ibot import Ibot
 from ssl_platform.objectives.koleo import Koleo
+from ssl_platform.step import Parts, train_step
 from ssl_platform.student_teacher import Role, StudentTeacher
-from ssl_platform.train import Parts, train_step
 from ssl_platform.views import Batch, ViewGroup
 
 FOLDER = Path(__file__).parent / "data" / "conformance"

@@ -3,8 +3,9 @@
 import io
 import json
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
 from eval_protocols import __main__ as command
@@ -20,10 +22,25 @@ from eval_protocols import features, knn, neighbours, report
 from eval_protocols.features import FeatureSet
 from eval_protocols.metrics import Difference, Floats, Integers
 from eval_protocols.splits import match
+from ssl_platform import export
+from ssl_platform.config import validate
 from ssl_platform.data.index import Index
+from ssl_platform.data.reading import ShardReader
+from ssl_platform.encoder import Encoder
+from ssl_platform.log import logger
+from ssl_platform.recipe import Recipe
+from ssl_platform.train import train
 
 DEFINITIONS: tuple[knn.Definition, ...] = ("dino", "dinov2")
 CONFORMANCE = json.loads((Path(__file__).parent / "data/conformance/evaluation.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(autouse=True)
+def loggers_are_put_back() -> Iterator[None]:
+    """The command logs to the stderr of its test, which is closed afterwards."""
+    yield
+    logger.handlers.clear()
+    logger.propagate = True
 
 
 def uniform(count: int, offset: int = 0) -> Floats:
@@ -383,7 +400,9 @@ class VectorEncoder(nn.Module):
 
     def __init__(self, random_init: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(8, 2) if random_init else torch.eye(8, 2))
+        start = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
+        self.weight = nn.Parameter(start if random_init else torch.eye(8, 2))
+        self.config = SimpleNamespace(step=300, networks={"teacher": SimpleNamespace(backbone=None)})
 
     @classmethod
     def load(cls, path: Path, network: str = "teacher", random_init: bool = False) -> "VectorEncoder":
@@ -451,7 +470,7 @@ def test_the_command_scores_and_writes_everything(case: Path, capsys: pytest.Cap
     assert result["data"]["test_per_class"] == [50, 50, 50]
     assert result["settings"]["temperature"] == 0.07 and result["settings"]["seed"] == 0
     assert result["settings"]["pooling"] == "cls" and "renormalised" in result["settings"]["probabilities"]
-    assert result["checkpoint"]["path"] == "runs/vectors"
+    assert (result["checkpoint"]["path"], result["checkpoint"]["step"]) == ("runs/vectors", 300)
     assert result["versions"]["faiss-cpu"]
     assert "teacher beats pixels beyond the interval" in text
     assert "k = 200 lowered to 150" in text
@@ -464,7 +483,9 @@ def test_the_command_repeats_itself(case: Path, capsys: pytest.CaptureFixture[st
     other = run_command("--definition", "dino")
     assert other["protocol"] == "knn/dino@1"
     assert other["results"] == first["results"]
-    assert run_command("--seed", "1")["results"]["random"] != first["results"]["random"]
+    reseeded = run_command("--seed", "1")["results"]["pixels"]["20"]["top1"]
+    assert reseeded["estimate"] == first["results"]["pixels"]["20"]["top1"]["estimate"]
+    assert reseeded["low"] != first["results"]["pixels"]["20"]["top1"]["low"]
 
 
 def test_leaving_one_out_and_leaving_one_group_out(case: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -538,6 +559,108 @@ def test_protocols_are_the_modules_that_say_so() -> None:
     found = command.protocols()
     assert "knn" in found
     assert not {"features", "metrics", "neighbours", "report", "splits"} & set(found)
+
+
+# -- a real run ------------------------------------------------------------------------------------------------------
+
+
+def write_stripes(path: Path, count: int, seed: int) -> Path:
+    """Noisy 16 x 16 grey images with horizontal or vertical stripes; eight images a group."""
+    rng = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True)
+    with tarfile.open(path, "w") as archive:
+        for number in range(count):
+            stripes = np.broadcast_to(np.sin(np.arange(16) * 1.6 + rng.uniform(0, 6))[:, None], (16, 16))
+            picture = 128 + 60 * (stripes.T if number % 2 else stripes) + rng.normal(size=(16, 16)) * 90
+            encoded = io.BytesIO()
+            Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(encoded, "png")
+            about = json.dumps({"label": ("flat", "upright")[number % 2], "group": f"{path.stem}{number // 8}"})
+            for extension, contents in (("png", encoded.getvalue()), ("json", about.encode())):
+                member = tarfile.TarInfo(f"{number:03d}.{extension}")
+                member.size = len(contents)
+                archive.addfile(member, io.BytesIO(contents))
+    return path
+
+
+@pytest.fixture(scope="module")
+def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three steps of DINO, and an export; the folder that holds `run`, `export`, `train` and `test`."""
+    folder = tmp_path_factory.mktemp("real")
+    write_stripes(folder / "train/a.tar", 48, 0)
+    write_stripes(folder / "test/b.tar", 40, 1)
+    vit = {"name": "vit", "embed_dim": 24, "depth": 2, "num_heads": 2}
+    crops = {"global": {"num": 2, "size": 16, "scale": [0.5, 1.0]}, "local": {"num": 2, "size": 8, "scale": [0.2, 0.5]}}
+    head = {"name": "projection", "prototypes": 16, "hidden_dim": 24, "bottleneck_dim": 8, "layers": 2}
+    recipe = validate(
+        Recipe,
+        {
+            "run_dir": str(folder / "run"),
+            "steps": 3,
+            "batch_size": 8,
+            "modality": {"name": "image", "channels": 1, "patch_size": 4, "crops": crops},
+            "data": {"shards": str(folder / "train"), "workers": 0},
+            "networks": {"student": {"backbone": vit}, "teacher": {"update": "ema", "of": "student", "momentum": 0.5}},
+            "heads": {"dino": head},
+            "objectives": {"dino": {"name": "dino", "teacher_temp": 0.04}},
+            "optim": {"lr": 0.01},
+            "tensorboard": False,
+        },
+    )
+    train(recipe, torch.device("cpu"))
+    assert export.main([str(folder / "run"), "--format", "timm", "--out", str(folder / "export")]) == 0
+    return folder
+
+
+def real_command(folder: Path, checkpoint: str, *more: str) -> dict[str, Any]:
+    splits = ["--train", str(folder / "train"), "--test", str(folder / "test"), "--out", str(folder / "out")]
+    options = ["--k", "3", "5", "--workers", "1", "--device", "cpu", "--n-boot", "100", "--batch-size", "16", *more]
+    assert command.main(["knn", "--checkpoint", str(folder / checkpoint), *splits, *options]) == 0
+    result: dict[str, Any] = json.loads((folder / "out/knn.json").read_text(encoding="utf-8"))
+    return result
+
+
+def test_a_real_run_is_scored_as_by_hand(real_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = real_command(real_run, "run")
+    assert result["checkpoint"]["step"] == 3
+    assert result["checkpoint"]["preprocessing"]
+    assert result["data"]["counts"] | {"train": 48, "test": 40, "test_groups": 5} == result["data"]["counts"]
+    encoders = {
+        "teacher": Encoder.load(real_run / "run"),
+        "random": Encoder.load(real_run / "run", random_init=True),
+    }
+    views, labels = {}, {}
+    for name in ("train", "test"):
+        index = Index.open(real_run / name)
+        reader, modality = ShardReader(index, 2), encoders["teacher"].modality
+        examples = [modality.decode(reader.read(number).members) for number in range(len(index))]
+        views[name], labels[name] = torch.stack([modality.preprocess(each) for each in examples]), index.labels
+    for name, network in {**encoders, "pixels": None}.items():
+        rows = {split: each.flatten(1) if network is None else network(each).cls for split, each in views.items()}
+        near = reference_neighbours(rows["train"].numpy(), rows["test"].numpy(), 3)
+        cosines = unit(rows["test"].numpy()) @ unit(rows["train"].numpy()).T
+        weights = np.exp(np.take_along_axis(cosines, near, 1) / 0.07)
+        voted = (weights * labels["train"][near]).sum(1) / weights.sum(1) > 0.5  # labels are 0 and 1
+        assert result["results"][name]["3"]["top1"]["estimate"] == pytest.approx((voted == labels["test"]).mean())
+    figures = [by_k["3"]["top1"]["estimate"] for by_k in result["results"].values()]
+    assert len(set(figures)) == 3 and max(figures) < 1  # or a mix-up would pass
+
+
+def test_a_run_a_checkpoint_and_an_export_score_alike(real_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    results = [real_command(real_run, path)["results"] for path in ("run", "run/checkpoints/step_00000003", "export")]
+    assert results[0] == results[1] == results[2]
+    student = real_command(real_run, "run", "--network", "student", "--baselines", "pixels")["results"]
+    assert list(student) == ["student", "pixels"]
+
+
+def test_a_real_folder_that_is_no_checkpoint(real_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    splits = ["--train", str(real_run / "train"), "--test", str(real_run / "test"), "--out", str(real_run / "out")]
+    for checkpoint, network, message in (
+        ("train", "teacher", "neither a run folder with a checkpoint"),
+        ("run", "nobody", "has no network 'nobody', but student, teacher"),
+    ):
+        given = ["--checkpoint", str(real_run / checkpoint), "--network", network]
+        assert command.main(["knn", *given, *splits]) == 2
+        assert message in capsys.readouterr().err
 
 
 # -- reports ---------------------------------------------------------------------------------------------------------

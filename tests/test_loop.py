@@ -11,7 +11,8 @@ import torch
 from ssl_platform import distributed
 from ssl_platform.objectives._targets import Centering, Sinkhorn
 from ssl_platform.objectives.koleo import koleo
-from ssl_platform.train import StepResult, TrainingStopped, keep_count, model_seed, train_step
+from ssl_platform.run_folder import TrainingStopped, keep_count
+from ssl_platform.step import StepResult, model_seed, train_step
 from tests import engine
 from tests.ranks import run_ranks
 
@@ -41,7 +42,10 @@ def gradients_of(parts: Any, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch
 def test_accumulation_with_centering_equals_the_large_batch(pieces: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two steps, so that the second uses centers and averages that the first left behind. KoLeo off."""
     objectives = {"objectives": {"dino": engine.DINO, "ibot": engine.IBOT}}
-    whole, accumulated = engine.parts(batch_size=8, **objectives), engine.parts(batch_size=8, accumulate=pieces, **objectives)
+    whole, accumulated = (
+        engine.parts(batch_size=8, **objectives),
+        engine.parts(batch_size=8, accumulate=pieces, **objectives),
+    )
     seen = [gradients_of(parts, monkeypatch) for parts in (whole, accumulated)]
     for step in range(2):
         batch = engine.batch(step, size=8)
@@ -169,7 +173,9 @@ def test_skipped_steps_are_counted_recorded_and_limited(tmp_path: Path) -> None:
 def test_replaced_samples_are_counted_recorded_and_limited(tmp_path: Path) -> None:
     parts = engine.parts()
     recipe = engine.recipe(run_dir=str(tmp_path), data={"shards": "unused", "max_bad_samples": 2})
-    result = StepResult(torch.zeros(()), {}, {}, {}, keys=[], replaced=["0.tar: x: broken", "0.tar: y: broken"], skipped=False)
+    result = StepResult(
+        torch.zeros(()), {}, {}, {}, keys=[], replaced=["0.tar: x: broken", "0.tar: y: broken"], skipped=False
+    )
     keep_count(recipe, parts, result, 1)
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 2
     with pytest.raises(TrainingStopped, match="4 samples could not be used, more than data.max_bad_samples=2"):
@@ -177,7 +183,9 @@ def test_replaced_samples_are_counted_recorded_and_limited(tmp_path: Path) -> No
 
 
 def test_seeds_of_forward_passes_differ_and_repeat() -> None:
-    seeds = {(s, t, m, r): model_seed(s, t, m, r) for s in range(3) for t in range(5) for m in range(3) for r in range(4)}
+    seeds = {
+        (s, t, m, r): model_seed(s, t, m, r) for s in range(3) for t in range(5) for m in range(3) for r in range(4)
+    }
     assert len(set(seeds.values())) == len(seeds)
     assert model_seed(1, 2, 0, 1) == seeds[1, 2, 0, 1]
 

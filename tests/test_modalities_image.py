@@ -102,7 +102,9 @@ def test_jitter_draws_all_orders_and_the_stated_factors(monkeypatch: pytest.Monk
     ):
         amounts = np.array([amount for called, amount in calls if called == name])
         assert len(amounts) == 1000 and low <= amounts.min() and amounts.max() <= high
-        np.testing.assert_allclose(np.quantile(amounts, [0.1, 0.5, 0.9]), np.quantile([low, high], [0.1, 0.5, 0.9]), atol=0.06 * (high - low))  # fmt: skip
+        deciles = [0.1, 0.5, 0.9]
+        expected = np.quantile([low, high], deciles)
+        np.testing.assert_allclose(np.quantile(amounts, deciles), expected, atol=0.06 * (high - low))
 
 
 # -- crops -------------------------------------------------------------------------------------------------------------
@@ -423,7 +425,8 @@ def test_resolved_configuration_is_valid_input() -> None:
 @pytest.mark.parametrize(
     ("options", "lines"),
     [
-        ({"crops": {"global": {"size": 225}}}, ["crops.global.size: 225 is not a multiple of patch_size 16; use 224 or 240"]),
+        ({"crops": {"global": {"size": 225}}}, [
+            "crops.global.size: 225 is not a multiple of patch_size 16; use 224 or 240"]),
         ({"crops": {"local": {"size": [96, 8]}}}, ["crops.local.size: 8 is not a multiple of patch_size 16; use 16"]),
         ({"evaluation_size": 100, "to_grey": True, "channels": 5}, [
             "evaluation_size: 100 is not a multiple of patch_size 16; use 96 or 112",
@@ -434,8 +437,10 @@ def test_resolved_configuration_is_valid_input() -> None:
         ({"blur": {"global": []}}, ["blur.global: value should have at least 1 item after validation, not 0, got []"]),
         ({"blur": {"locl": [0.5]}}, ["blur.locl: no group of crops has this name; did you mean 'local'?"]),
         ({"solarize": {"third": [0.5]}}, ["solarize.third: no group of crops has this name; there are global, local"]),
-        ({"crops": {"local": {"scale": [0.5, 0.2]}}}, ["crops.local.scale: [0.5, 0.2] must be [min, max] with 0 < min <= max <= 1"]),
-        ({"crops": {"local": {"aspect": [0.0, 2.0]}}}, ["crops.local.aspect: [0, 2] must be [min, max] with 0 < min <= max"]),
+        ({"crops": {"local": {"scale": [0.5, 0.2]}}}, [
+            "crops.local.scale: [0.5, 0.2] must be [min, max] with 0 < min <= max <= 1"]),
+        ({"crops": {"local": {"aspect": [0.0, 2.0]}}}, [
+            "crops.local.aspect: [0, 2] must be [min, max] with 0 < min <= max"]),
         ({"crops": {"global": {"num": 0}}}, ["crops.global.num: at least 1, the teacher needs a view"]),
         ({"crops": {"local": {"nun": 3}}}, ["crops.local.nun: unknown key; did you mean 'num'?"]),
         ({"mean": [0.5] * 3}, ["mean, std: give both or neither"]),

@@ -11,7 +11,7 @@ from ssl_platform.objectives import Forward, Outputs
 from ssl_platform.objectives.dino import Dino, pair_losses, pair_matrix
 from ssl_platform.objectives.ibot import Ibot
 from ssl_platform.objectives.koleo import Koleo, koleo
-from ssl_platform.train import train_step
+from ssl_platform.step import train_step
 from ssl_platform.views import SampleViews, collate
 from tests import engine
 
@@ -153,8 +153,13 @@ def test_koleo_spreads() -> None:
 
 
 def test_trap_1_views_and_samples_are_axes() -> None:
-    samples = [{"global": SampleViews(torch.full((2, 1), float(10 * i)) + torch.arange(2)[:, None], torch.arange(2))} for i in range(3)]
-    views = collate(samples, keys=list("abc"), ids=torch.arange(3), labels=torch.arange(3), step=0).groups["global"].views
+    samples = [
+        {"global": SampleViews(torch.full((2, 1), float(10 * i)) + torch.arange(2)[:, None], torch.arange(2))}
+        for i in range(3)
+    ]
+    views = (
+        collate(samples, keys=list("abc"), ids=torch.arange(3), labels=torch.arange(3), step=0).groups["global"].views
+    )
     assert views[:, :, 0].tolist() == [[0.0, 10.0, 20.0], [1.0, 11.0, 21.0]]
 
 

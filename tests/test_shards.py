@@ -174,7 +174,7 @@ def test_an_epoch_shows_each_good_sample_with_new_noise_each_time(index: Index) 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_any_number_of_workers_gives_the_same_bits(index: Index, accumulate: int) -> None:
-    companions = RandomCompanions(num=2).build(index)
+    companions = RandomCompanions(num=2).build(index, {})
     torch.set_num_threads(2)  # the number of threads must not matter either
     alone = list(batches(index, accumulate=accumulate, companions=companions))
     assert torch.get_num_threads() == 2
@@ -269,7 +269,7 @@ def test_a_bad_companion_is_named(tmp_path: Path) -> None:
     seen = next(batches(index, batch_size=2, last_step=1, companions=lambda sample, rng: (0,)))
     assert set(seen.ids.tolist()) == {0} and set(seen.replaced) == {"s0.tar: k001: all white"}
     with pytest.raises(BadSampleError, match=r"s0\.tar: k001: all white"):
-        next(batches(index, batch_size=2, companions=RandomCompanions().build(index)))
+        next(batches(index, batch_size=2, companions=RandomCompanions().build(index, {})))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
@@ -323,26 +323,26 @@ class Counted:
 def test_random_companions_are_others_and_different(size: int, data: st.DataObject) -> None:
     num = data.draw(st.integers(1, size - 1))
     sample = data.draw(st.integers(0, size - 1))
-    draw = RandomCompanions(num=num).build(Counted(size))  # type: ignore[arg-type]
+    draw = RandomCompanions(num=num).build(Counted(size), {})  # type: ignore[arg-type]
     drawn = draw(sample, np.random.default_rng(data.draw(st.integers(0, 99))))
     assert len(drawn) == num == len({*drawn} - {sample}) and all(0 <= other < size for other in drawn)
 
 
 def test_random_companions_are_uniform() -> None:
-    draw = RandomCompanions().build(Counted(5))  # type: ignore[arg-type]
+    draw = RandomCompanions().build(Counted(5), {})  # type: ignore[arg-type]
     rng = np.random.default_rng(0)
     counts = np.bincount([draw(2, rng)[0] for _ in range(8000)], minlength=5)
     assert counts[2] == 0 and np.abs(np.delete(counts, 2) - 2000).max() < 150
 
 
 def test_companions_follow_the_sample(index: Index) -> None:
-    companions = RandomCompanions(num=3).build(index)
+    companions = RandomCompanions(num=3).build(index, {})
     for batch in batches(index, companions=companions, last_step=2):
         shown = batch.groups["global"].extra["companions"]  # (B, 4)
         assert torch.equal(shown[:, 0].long(), batch.ids)
         assert all(len(set(row)) == 4 for row in shown.tolist())
     with pytest.raises(ValueError, match=r"companions\.num: 22 other samples cannot be drawn from 22 samples"):
-        RandomCompanions(num=22).build(index)
+        RandomCompanions(num=22).build(index, {})
 
 
 # -- evaluation --------------------------------------------------------------------------------------------------------

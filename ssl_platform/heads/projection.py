@@ -1,5 +1,6 @@
 """DINO's projection head: an MLP, L2 normalisation, and a bias-free layer onto K prototypes."""
 
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -49,7 +50,7 @@ class ProjectionHead(nn.Module):
         super().__init__()
         widths = [embed_dim, *[hidden_dim] * (layers - 1), bottleneck_dim]
         steps: list[nn.Module] = []
-        for index, (fan_in, fan_out) in enumerate(zip(widths, widths[1:], strict=False)):
+        for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
             linear = nn.Linear(fan_in, fan_out)
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
@@ -58,7 +59,7 @@ class ProjectionHead(nn.Module):
         self.prototypes = prototypes
         if last_layer == "linear":
             self.last_layer: nn.Module = nn.Linear(bottleneck_dim, prototypes, bias=False)
-            nn.init.trunc_normal_(self.last_layer.weight, std=0.02)  # type: ignore[arg-type]
+            nn.init.trunc_normal_(self.last_layer.weight, std=0.02)
         else:
             self.last_layer = Prototypes(bottleneck_dim, prototypes, train_length=last_layer == "weight_norm")
 

@@ -83,7 +83,8 @@ def build_targets(name: TargetName, prototypes: int, center_momentum: float, ite
 
 def entropy(probabilities: Tensor) -> Tensor:
     """The mean entropy of the rows, in nats."""
-    return torch.special.entr(probabilities).sum(-1).mean()
+    total: Tensor = torch.special.entr(probabilities).sum(-1)
+    return total.mean()
 
 
 CHUNK_ELEMENTS = 1 << 18
@@ -97,7 +98,7 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(context: Any, logits: Tensor, targets: Tensor, temperature: float, mass: float) -> Tensor:
         chunk = max(CHUNK_ELEMENTS // logits.shape[-1], 1)
         normalisers, losses = [], []
-        for rows, target in zip(logits.split(chunk), targets.split(chunk), strict=True):
+        for rows, target in zip(torch.split(logits, chunk), torch.split(targets, chunk), strict=True):
             scaled = rows.float() / temperature
             normaliser = scaled.logsumexp(-1)
             normalisers.append(normaliser)
@@ -111,10 +112,12 @@ class _CrossEntropy(torch.autograd.Function):
         logits, targets, normalisers = context.saved_tensors
         result = torch.empty_like(logits)
         chunk = max(CHUNK_ELEMENTS // logits.shape[-1], 1)
-        parts = (tensor.split(chunk) for tensor in (logits, targets, normalisers, gradient, result))
+        parts = (torch.split(tensor, chunk) for tensor in (logits, targets, normalisers, gradient, result))
         for rows, target, normaliser, scale, out in zip(*parts, strict=True):
             probabilities = (rows.float() / context.temperature).sub_(normaliser[:, None]).exp_()
-            difference = probabilities.mul_(context.mass).sub_(target) if context.mass != 1 else probabilities.sub_(target)
+            difference = (
+                probabilities.mul_(context.mass).sub_(target) if context.mass != 1 else probabilities.sub_(target)
+            )
             out.copy_(difference.mul_((scale / context.temperature)[:, None]))
         return result, None, None, None
 

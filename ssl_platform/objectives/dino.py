@@ -95,7 +95,7 @@ class Dino(Objective):
         sources = [self._sources(request, batch, len(cls)) for request, cls in zip(self.students, views, strict=True)]
         allowed = pair_matrix(batch.groups[self.teacher.group].source, torch.cat(sources), self.pairs)  # (T, S)
         losses = pair_losses(logits, targets, allowed, self.student_temp)  # (S,)
-        parts = losses.split([len(cls) for cls in views])
+        parts = torch.split(losses, [len(cls) for cls in views])
         terms = {request.group: part.sum() for request, part in zip(self.students, parts, strict=True)}
         teacher_entropy = entropy(targets)
         metrics = {"teacher_entropy": teacher_entropy, "kl": losses.detach().sum() - teacher_entropy}
@@ -122,7 +122,9 @@ def pair_losses(logits: Tensor, targets: Tensor, allowed: Tensor, student_temp: 
     teacher views share their log-sum-exp, so they are one cross-entropy with the sum of the targets.
     """
     num_pairs = int(allowed.sum())
-    assert num_pairs > 0, "no pair of views is left: a teacher with one view needs pairs: all, or students of other crops"
+    assert num_pairs > 0, (
+        "no pair of views is left: a teacher with one view needs pairs: all, or students of other crops"
+    )
     sums: dict[tuple[bool, ...], Tensor] = {}
     losses = []
     for view, teachers in zip(logits, allowed.T.tolist(), strict=True):

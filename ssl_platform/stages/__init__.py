@@ -3,8 +3,9 @@
 A step's module holds a class `Config` whose `build()` makes a `Prepare`.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +15,8 @@ from ssl_platform.modalities import Modality
 from ssl_platform.student_teacher import StudentTeacher
 
 
-class StageContext(NamedTuple):
+@dataclass(frozen=True)
+class StageContext:
     """What a `prepare` step may use. All ranks hold the same; `distributed` tells them apart."""
 
     student_teacher: StudentTeacher

@@ -61,9 +61,7 @@ class Toy:
             "single": (image[None, :, 4:12, 4:12], [9], {}),
             "signal": (image[:, 0][None], [0], {}),
         }
-        return {
-            name: SampleViews(made[name][0], torch.tensor(made[name][1]), made[name][2]) for name in self.groups
-        }
+        return {name: SampleViews(made[name][0], torch.tensor(made[name][1]), made[name][2]) for name in self.groups}
 
     def _crop(self, image: Tensor, rng: np.random.Generator, size: int) -> Tensor:
         y, x = rng.integers(0, 17 - size, 2)

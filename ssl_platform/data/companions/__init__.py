@@ -1,6 +1,7 @@
 """Which other samples accompany a sample (donors, neighbours, pairs); one file a rule, and the folder is the registry.
 
-A rule's module holds a class `Config` whose `build(index)` makes the `Companions`.
+A rule's module holds a class `Config` whose `build(index, prepared)` makes the `Companions`; `prepared` is what the stage's
+`prepare` step made (clusters, say), empty without one.
 """
 
 from typing import Protocol

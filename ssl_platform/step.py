@@ -1,0 +1,122 @@
+"""The parts of a run that have state, and one optimiser step over them."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from ssl_platform import distributed, optim
+from ssl_platform.modalities import Modality
+from ssl_platform.recipe import Recipe, build_student_teacher
+from ssl_platform.student_teacher import StudentTeacher
+from ssl_platform.views import Batch
+
+
+@dataclass
+class Parts:
+    """What a step works on."""
+
+    student_teacher: StudentTeacher
+    module: nn.Module
+    """student_teacher, or its wrapper that averages gradients over ranks."""
+    optimizer: torch.optim.Optimizer
+    trained: dict[str, list[nn.Parameter]]
+    lr: optim.Schedule
+    weight_decay: optim.Schedule
+    clip_grad: float | None
+    freeze_last_layer_steps: int
+    accumulate: int
+    seed: int
+    device: torch.device
+    counters: dict[str, int] = field(default_factory=lambda: {"skipped_steps": 0, "replaced_samples": 0})
+
+
+def build(recipe: Recipe, modality: Modality, num_samples: int, device: torch.device) -> Parts:
+    """Everything that has state, as it is before the first step."""
+    student_teacher = build_student_teacher(recipe, modality, num_samples, device)
+    settings = recipe.optim
+    factor, lr = settings.lr_factor(recipe.batch_size), optim.build_schedule(settings.lr, recipe.steps)
+    return Parts(
+        student_teacher=student_teacher,
+        module=distributed.wrap(student_teacher, device),
+        optimizer=optim.build_optimizer(
+            student_teacher.trained_parameters(settings.layer_decay, settings.patch_embed_lr),
+            name=settings.name,
+            betas=settings.betas,
+            eps=settings.eps,
+        ),
+        trained=student_teacher.trained_modules(),
+        lr=lambda step: factor * lr(step),
+        weight_decay=optim.build_schedule(settings.weight_decay, recipe.steps),
+        clip_grad=settings.clip_grad,
+        freeze_last_layer_steps=settings.freeze_last_layer_steps,
+        accumulate=recipe.accumulate,
+        seed=recipe.seed,
+        device=device,
+    )
+
+
+@dataclass
+class StepResult:
+    """What one optimiser step did; tensors are still this rank's own."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    metrics: dict[str, Tensor]
+    grad_norms: dict[str, Tensor]
+    keys: list[str]
+    replaced: list[str]
+    skipped: bool
+    """The same on every rank, as is `stopping`: whether a signal asked any of them to stop."""
+    stopping: bool = False
+
+
+def train_step(
+    parts: Parts, batches: Iterator[Batch], step: int, active: Sequence[str], stop: object = None
+) -> StepResult:
+    """One optimiser step over `accumulate` micro-batches.
+
+    A step whose loss or gradients are not finite on any rank is skipped on all: no parameter, average or objective
+    state changes. `stop` is a StopFlag: true once a signal came.
+    """
+    optim.set_step(
+        parts.optimizer,
+        lr=parts.lr(step),
+        weight_decay=parts.weight_decay(step),
+        freeze_last_layer=step < parts.freeze_last_layer_steps,
+    )
+    outputs, keys, replaced = [], [], []
+    for micro_step in range(parts.accumulate):
+        batch = next(batches).to(parts.device)
+        torch.manual_seed(model_seed(parts.seed, step, micro_step, distributed.rank()))
+        with distributed.no_sync(parts.module, micro_step < parts.accumulate - 1):
+            output = parts.module(batch, step, active)
+            (output.loss / parts.accumulate).backward()
+        outputs.append(output)
+        keys += batch.keys
+        replaced += batch.replaced
+    grad_norms = optim.clip_gradients(parts.trained, parts.clip_grad)
+    loss = torch.stack([output.loss.detach() for output in outputs]).mean()
+    finite = torch.isfinite(torch.stack([loss, *(norm.to(loss.device) for norm in grad_norms.values())])).all()
+    skipped, stopping = distributed.any_rank(not finite.item(), bool(stop))
+    if not skipped:
+        parts.optimizer.step()
+        parts.student_teacher.update(step)
+        parts.student_teacher.commit(step, [output.pending for output in outputs])
+    parts.optimizer.zero_grad()
+    terms, step_metrics = (_mean([getattr(output, name) for output in outputs]) for name in ("terms", "metrics"))
+    return StepResult(loss, terms, step_metrics, grad_norms, keys if not finite else [], replaced, skipped, stopping)
+
+
+def model_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
+    """The seed of a forward pass: nothing about randomness needs to be saved."""
+    mixed = seed
+    for number in (step, micro_step, rank):
+        mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
+    return mixed
+
+
+def _mean(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    names = dict.fromkeys(name for item in items for name in item)
+    return {name: torch.stack([item[name] for item in items if name in item]).mean() for name in names}
