@@ -397,12 +397,13 @@ class VectorEncoder(nn.Module):
 
     modality = VectorModality()
     embed_dim = 2
+    backbone: Any = None
 
     def __init__(self, random_init: bool) -> None:
         super().__init__()
         start = torch.randn(8, 2, generator=torch.Generator().manual_seed(0))
         self.weight = nn.Parameter(start if random_init else torch.eye(8, 2))
-        self.config = SimpleNamespace(step=300, networks={"teacher": SimpleNamespace(backbone=None)})
+        self.config = SimpleNamespace(step=300, networks={"teacher": SimpleNamespace(backbone=self.backbone)})
 
     @classmethod
     def load(cls, path: Path, network: str = "teacher", random_init: bool = False) -> "VectorEncoder":
@@ -504,6 +505,15 @@ def test_default_folder_and_no_baselines(case: Path, capsys: pytest.CaptureFixtu
     assert command.main([*COMMAND, "--baselines", "--k", "3", "5"]) == 0
     result = json.loads(Path("eval/runs-vectors/knn.json").read_text(encoding="utf-8"))
     assert (list(result["results"]), result["differences"], result["headline_k"]) == (["teacher"], {}, 3)
+
+
+def test_a_run_that_began_with_released_weights_says_so(
+    case: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert not any("released weights" in note for note in run_command()["notes"])
+    monkeypatch.setattr(VectorEncoder, "backbone", SimpleNamespace(pretrained=True))
+    assert any("released weights" in note for note in run_command()["notes"])
+    assert not any("released weights" in note for note in run_command("--baselines", "pixels")["notes"])
 
 
 def test_samples_left_out_are_reported(case: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,204 @@
+"""The command as a user runs it: from an empty folder, stopped, killed, resumed, started twice, misconfigured."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ssl_platform.recipe import load_recipe
+from ssl_platform.train import main, train
+
+SMOKE = Path(__file__).parents[1] / "configs" / "smoke" / "pathology.yaml"
+TIMES = ("samples_per_second", "data_wait_share")
+
+
+def run(run_dir: Path, steps: int, *overrides: str) -> None:
+    """Trains to `steps` of a run that is planned to take ten, as one that is cut off after them does."""
+    recipe = load_recipe(SMOKE, [f"run_dir={run_dir}", "steps=10", "save_every=5", "log_every=1", *overrides])
+    train(recipe, torch.device("cpu"))
+    if steps < 10:
+        for path in (run_dir / "checkpoints").glob("step_*"):
+            if int(path.name[5:]) > steps:
+                for file in path.iterdir():
+                    file.unlink()
+                path.rmdir()
+
+
+def lines(run_dir: Path) -> list[dict[str, float]]:
+    text = (run_dir / "metrics.jsonl").read_text()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in text.splitlines()]
+
+
+def assert_equal(one: Path, two: Path, step: int) -> None:
+    assert lines(one) == lines(two)
+    assert [line["step"] for line in lines(one)] == list(range(1, step + 1))
+    for name in ("model", "optimizer"):
+        first, second = (load_file(path / f"checkpoints/step_{step:08d}/{name}.safetensors") for path in (one, two))
+        assert first.keys() == second.keys()
+        different = [key for key, value in first.items() if not torch.equal(value, second[key])]
+        assert not different, different
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten steps in one go, with drop path, masks, bf16 off, one epoch boundary inside (batch 8 x 10, see `batch_size`)."""
+    folder = tmp_path_factory.mktemp("whole")
+    run(folder, 10, "batch_size=16")
+    return folder
+
+
+@pytest.mark.parametrize("changes", [[], ["data.workers=2"]], ids=["same", "other worker count"])
+def test_ten_steps_equal_five_resume_five(whole: Path, changes: list[str], tmp_path: Path) -> None:
+    run(tmp_path, 5, "batch_size=16")
+    run(tmp_path, 10, "batch_size=16", *changes)
+    assert_equal(whole, tmp_path, 10)
+
+
+def test_resume_with_accumulation(tmp_path: Path) -> None:
+    run(tmp_path / "whole", 10, "accumulate=2")
+    run(tmp_path / "halves", 5, "accumulate=2")
+    run(tmp_path / "halves", 10, "accumulate=2", "data.workers=1")
+    assert_equal(tmp_path / "whole", tmp_path / "halves", 10)
+
+
+def test_a_broken_newest_checkpoint_costs_only_its_steps(whole: Path, tmp_path: Path) -> None:
+    run(tmp_path, 10, "batch_size=16")
+    (tmp_path / "checkpoints/step_00000010/model.safetensors").write_bytes(b"cut off")
+    run(tmp_path, 10, "batch_size=16")
+    assert_equal(whole, tmp_path, 10)
+
+
+def command(*arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(SMOKE.parents[2]), os.environ.get("PYTHONPATH", "")]),
+    }
+    return subprocess.Popen(
+        [sys.executable, "-m", "ssl_platform.train", str(SMOKE), *arguments],
+        cwd=cwd,
+        env=environment,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        metrics = run_dir / "metrics.jsonl"
+        if metrics.exists() and len(metrics.read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM], ids=["kill -9", "SIGTERM"])
+def test_killed_and_started_again_equals_undisturbed(number: int, tmp_path: Path) -> None:
+    overrides = ["steps=60", "save_every=7", "log_every=1", "keep_last=20", "data.workers=1", "tensorboard=false"]
+    undisturbed = command(f"run_dir={tmp_path / 'whole'}", *overrides)
+    assert undisturbed.wait(120) == 0
+    process = command(f"run_dir={tmp_path / 'killed'}", *overrides)
+    wait_for_step(tmp_path / "killed", 10, process)
+    process.send_signal(number)
+    code = process.wait(60)
+    stopped_at = len(lines(tmp_path / "killed"))
+    assert stopped_at < 60, "the run was over before the signal came"
+    if number == signal.SIGTERM:
+        assert code == 0
+        assert (tmp_path / f"killed/checkpoints/step_{stopped_at:08d}").is_dir(), "saved at the step it stopped at"
+    again = command(f"run_dir={tmp_path / 'killed'}", *overrides)
+    assert again.wait(120) == 0
+    assert again.stderr is not None and "resuming" in again.stderr.read()
+    assert_equal(tmp_path / "whole", tmp_path / "killed", 60)
+
+
+def test_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    first = command(f"run_dir={tmp_path}", "steps=100000", "log_every=1", "tensorboard=false")
+    try:
+        wait_for_step(tmp_path, 1, first)
+        second = command(f"run_dir={tmp_path}")
+        assert second.wait(60) == 1
+        assert second.stderr is not None
+        assert f"{tmp_path}: another run is training here" in second.stderr.read()
+    finally:
+        first.kill()
+        first.wait(60)
+
+
+def test_smoke_configuration_from_an_empty_folder(tmp_path: Path) -> None:
+    process = command("run_dir=made/here", cwd=tmp_path)
+    assert process.wait(120) == 0
+    assert sorted(path.name for path in (tmp_path / "made/here/checkpoints").iterdir()) == [
+        "step_00000010",
+        "step_00000020",
+    ]
+    assert [line["step"] for line in lines(tmp_path / "made/here")] == [5, 10, 15, 20]
+    saved = load_recipe(tmp_path / "made/here/config.yaml")
+    assert saved.steps == 20 and saved.modality.name == "pathology"
+
+
+def test_finished_run_started_again_changes_nothing(whole: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")}
+    run(whole, 10, "batch_size=16")
+    assert {path: path.stat().st_mtime_ns for path in (whole / "checkpoints").rglob("*")} == before
+    assert len(lines(whole)) == 10
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("batch_size=8", "batch_size was 16 and is now 8"),
+        ("seed=3", "seed was 0 and is now 3"),
+        ("heads.dino.prototypes=65", "was written by another configuration: heads.dino"),
+    ],
+)
+def test_resuming_with_another_configuration_is_refused(
+    whole: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = [f"run_dir={whole}", "steps=20", "save_every=5", "batch_size=16", override]
+    assert main([str(SMOKE), *overrides]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_errors_of_users_are_one_line_each_and_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(SMOKE), f"run_dir={tmp_path / 'a'}", f"data.shards={tmp_path / 'none'}"]) == 1
+    error = capsys.readouterr().err
+    assert "data.shards" in error and str(tmp_path / "none") in error and "Traceback" not in error
+    assert main([str(SMOKE), "stepz=3"]) == 1
+    assert "stepz: unknown key; did you mean 'steps'?" in capsys.readouterr().err
+    assert main([str(tmp_path / "missing.yaml")]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_estimate_measures_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(SMOKE), f"run_dir={tmp_path / 'none'}", "--estimate"]) == 0
+    report = capsys.readouterr().out
+    for word in ("trained parameters", "peak memory", "checkpoint", "samples seen", "160 = 20 steps x 8", "time"):
+        assert word in report
+    assert not (tmp_path / "none").exists()
+
+
+def test_bad_samples_are_replaced_reported_and_limited(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shard = tmp_path / "shards/0.tar"
+    shard.parent.mkdir()
+    source = SMOKE.parents[2] / "tests/data/skin_tiles/shard-000000.tar"
+    content = bytearray(source.read_bytes())
+    first = content.index(b"\x89PNG")
+    content[first : first + 4] = b"none"
+    shard.write_bytes(content)
+    overrides = [f"run_dir={tmp_path / 'run'}", f"data.shards={shard.parent}", "steps=10", "tensorboard=false"]
+    assert main([str(SMOKE), *overrides]) == 0
+    events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
+    assert all("0.tar" in event["sample"] and "not an image" in event["sample"] for event in events)
+    assert len({event["step"] for event in events}) == 2, "80 draws of 40 samples meet it twice"
+    assert main([str(SMOKE), *overrides, f"run_dir={tmp_path / 'strict'}", "data.max_bad_samples=0"]) == 1
+    assert "more than data.max_bad_samples=0" in capsys.readouterr().err
