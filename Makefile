@@ -25,7 +25,7 @@ test: lint
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(STAMP)
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m slow; code=$$?; [ $$code -eq 0 ] || [ $$code -eq 5 ] # 5: no test is marked slow yet
 
 clean:
 	rm -rf .venv runs

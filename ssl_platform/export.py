@@ -14,13 +14,14 @@ if TYPE_CHECKING:  # torch and timm take seconds to load, and --help should not
     from ssl_platform.backbones._conversion import TimmModel
     from ssl_platform.encoder import Encoder
 
+FILES = ("config.json", "model.safetensors")
 NUM_INPUTS = 8
 SMALLEST_COSINE = 0.9999
 
 DESCRIPTION = """\
-Writes one network of a run as a folder that timm loads: config.json (architecture, preprocessing, and what ssl-eval needs
-to rebuild the encoder) and model.safetensors. The folder appears only after timm has loaded it with strict keys and has
-given the same embeddings as the checkpoint on random inputs.
+Writes one network of a run as a folder that timm loads: config.json (architecture, preprocessing, and what ssl-eval
+needs to rebuild the encoder) and model.safetensors. The folder appears only after timm has loaded it with strict keys
+and has given the same embeddings as the checkpoint on random inputs.
 """
 
 EXAMPLES = """\
@@ -60,8 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     set_up_logging()
     try:
-        if arguments.out.exists() and not arguments.overwrite:
-            raise ValueError(f"{arguments.out} exists; choose another --out, or add --overwrite to replace it")
+        _check_free(arguments.out, arguments.overwrite)
         encoder = Encoder.load(arguments.path, network=arguments.network)
         difference = export_timm(encoder, arguments.out)
     except (ValueError, OSError, ConfigError) as error:
@@ -81,7 +81,7 @@ def export_timm(encoder: "Encoder", out: Path) -> float:
     from ssl_platform.checkpoint import CheckpointError
 
     model = _timm_model(encoder.network)
-    temporary = out.with_name(f".{out.name}.part")
+    temporary, replaced = out.with_name(f".{out.name}.part"), out.with_name(f".{out.name}.replaced")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
@@ -90,13 +90,24 @@ def export_timm(encoder: "Encoder", out: Path) -> float:
         save_file(model.state, temporary / "model.safetensors", metadata={"format": "pt"})
         difference = _compare(encoder, model, temporary)
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(replaced)
         temporary.rename(out)
     except CheckpointError as error:
         raise ValueError(str(error)) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     return difference
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not overwrite:
+        raise ValueError(f"{out} exists; choose another --out, or add --overwrite to replace it")
+    others = sorted(path.name for path in out.iterdir() if path.name not in FILES) if out.is_dir() else [out.name]
+    if others:
+        raise ValueError(f"{out} is not replaced, because it is no export: it holds {', '.join(others[:5])}")
 
 
 # -- what is written ---------------------------------------------------------------------------------------------------
@@ -206,7 +217,7 @@ def snippet(encoder: "Encoder", out: Path) -> str:
 import timm
 import torch
 
-model = timm.create_model("local-dir:{out.resolve().as_posix()}", pretrained=True).eval()
+model = timm.create_model({f"local-dir:{out.resolve().as_posix()}"!r}, pretrained=True).eval()
 transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # PIL image -> tensor
 with torch.inference_mode():
     embeddings = model(torch.randn(2, {shape}))  # (2, {encoder.embed_dim})

@@ -55,7 +55,7 @@ def step_flops(
         assert isinstance(network, VisionTransformer)
         for group in seen:
             views = groups[group].views
-            patch = network.patch_embed.patch_size  # type: ignore[union-attr]
+            patch = network.patch_embed.patch_size
             num_patches = 1
             for size, length in zip(views.shape[3:], patch, strict=True):  # type: ignore[arg-type]
                 num_patches *= size // length

@@ -343,6 +343,8 @@ def test_samples_normalized_by_themselves(channels: int, to_grey: bool) -> None:
         torch.testing.assert_close(view.mean((1, 2)), torch.zeros(channels), atol=1e-5, rtol=0)
         torch.testing.assert_close(view.std((1, 2), correction=0), torch.ones(channels), atol=1e-4, rtol=0)
     assert modality.preprocess(torch.full((3, 8, 8), 200, dtype=torch.uint8)).abs().max() < 1e-4
+    dark = torch.from_numpy((pixels.numpy() // 4).astype(np.uint16) * 40)  # 12 bits of 16
+    torch.testing.assert_close(modality.preprocess(dark).std((1, 2), correction=0), torch.ones(channels))
     description = modality.description()
     assert description["normalize_per_sample"] and description["mean"] == [0.0] * channels
 
@@ -398,6 +400,12 @@ def test_where_mean_and_std_come_from(
     description = config(**options).build(given_statistics).description()
     np.testing.assert_allclose(description["mean"], mean, rtol=1e-6)
     np.testing.assert_allclose(description["std"], std, rtol=1e-6)
+
+
+def test_a_channel_that_never_changes_becomes_zero() -> None:
+    modality = config(**TINY).build({"mean": [0.5, 0.5, 0.0], "std": [0.2, 0.2, 0.0]})
+    blank = torch.zeros(3, 8, 8, dtype=torch.uint8)
+    assert (modality.preprocess(blank)[2] == 0).all()
 
 
 def test_statistics_of_other_channels_are_an_error() -> None:

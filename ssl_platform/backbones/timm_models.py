@@ -50,8 +50,8 @@ class Config(PluginConfig):
         return self._create(shape[0], shape[1:])
 
     def _create(self, in_chans: int, size: Sequence[int]) -> "TimmBackbone":
-        """The model with whatever arguments make it accept several image sizes."""
-        for several_sizes in ({"dynamic_img_size": True}, {"strict_img_size": False}):
+        """The model with whatever arguments make it accept several image sizes, or at least this one."""
+        for several_sizes in ({"dynamic_img_size": True}, {"strict_img_size": False}, {}):
             try:
                 return self._create_with({"in_chans": in_chans, "img_size": list(size), **several_sizes, **self.kwargs})
             except TypeError:  # it has no such argument

@@ -213,8 +213,8 @@ def to_grey(image: Tensor) -> Tensor:
 class Normalization:
     """The last step: float32 pixels in [0, 1] (..., C, H, W) -> what the network sees (..., channels, H, W)."""
 
-    smallest_std = 1 / 255
-    """Of a view normalised by its own: the noise of an empty view is not blown up beyond one step of 8 bits."""
+    smallest_std = 1e-3
+    """Of a view normalised by its own, a quarter of a step of 8 bits: a flat view becomes 0, a dark one of 16 bits not."""
 
     def __init__(
         self,
@@ -226,7 +226,7 @@ class Normalization:
         """`mean` and `std` of each channel, pixels in [0, 1]; None: every channel of every view by its own."""
         self.channels, self.to_grey, self.per_sample = channels, to_grey, mean is None or std is None
         self.mean = torch.tensor(mean if mean is not None else [0.0] * channels).view(-1, 1, 1)  # (C, 1, 1)
-        self.std = torch.tensor(std if std is not None else [1.0] * channels).view(-1, 1, 1)
+        self.std = torch.tensor(std if std is not None else [1.0] * channels).view(-1, 1, 1).clamp(min=1e-6)
 
     def __call__(self, views: Tensor) -> Tensor:
         if self.to_grey:

@@ -137,7 +137,7 @@ class Config(PluginConfig):
                     near = " or ".join(str(n) for n in (length // step * step, (length // step + 1) * step) if n)
                     lines.append(f"{key}: {length} is not a multiple of patch_size {step}; use {near}")
         for key, groups in (("blur", self.blur), ("solarize", self.solarize)):
-            for group in groups.keys() - self.crops.keys():
+            for group in sorted(groups.keys() - self.crops.keys()):
                 near = next(iter(difflib.get_close_matches(group, self.crops, n=1)), "")
                 hint = f"did you mean '{near}'?" if near else f"there are {', '.join(self.crops)}"
                 lines.append(f"{key}.{group}: no group of crops has this name; {hint}")

@@ -1,0 +1,23 @@
+"""Every configuration that ships loads, and every smoke configuration trains from an empty folder."""
+
+from pathlib import Path
+
+import pytest
+
+from ssl_platform.recipe import load_recipe
+from ssl_platform.train import main
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+ALL = sorted(CONFIGS.rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", ALL, ids=lambda path: str(path.relative_to(CONFIGS)))
+def test_loads_and_says_how_to_run_it(path: Path) -> None:
+    load_recipe(path)
+    assert f"ssl-train {path.relative_to(CONFIGS.parent)}" in path.read_text().splitlines()[0]
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "smoke").glob("*.yaml")), ids=lambda path: path.stem)
+def test_smoke_configurations_train(path: Path, tmp_path: Path) -> None:
+    assert main([str(path), f"run_dir={tmp_path / 'run'}", "steps=3"]) == 0
+    assert (tmp_path / "run/checkpoints/step_00000003/state.json").is_file()
