@@ -66,7 +66,7 @@ keys: docs/configuration.md""",
             return 0
         with run_lock.locked(recipe.run_dir):
             train(recipe, device)
-    except (ConfigError, checkpoint.CheckpointError, run_lock.RunLocked, TrainingStopped, FileNotFoundError) as error:
+    except (ConfigError, checkpoint.CheckpointError, run_lock.RunLocked, TrainingStopped, OSError) as error:
         logger.error("%s", error)
         return 1
     finally:
