@@ -1,9 +1,9 @@
-# make install | train | test | test-slow. Everything goes into .venv and runs/; PYTHON picks the interpreter.
+# make install | train | test | test-slow | golden. Everything goes into .venv and runs/; PYTHON picks the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 
-.PHONY: install train test test-slow lint clean
+.PHONY: install train test test-slow lint golden clean
 
 install: $(STAMP)
 
@@ -26,6 +26,9 @@ test: lint
 
 test-slow: $(STAMP)
 	$(BIN)/python -m pytest -m slow; code=$$?; [ $$code -eq 0 ] || [ $$code -eq 5 ] # 5: no test is marked slow yet
+
+golden: $(STAMP) # the losses that tests/test_golden.py compares with
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.test_golden
 
 clean:
 	rm -rf .venv runs

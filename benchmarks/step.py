@@ -38,7 +38,7 @@ def recipe(precision: str, prototypes: int, batch_size: int) -> Recipe:
             "student": {"backbone": {"name": "vit", "drop_path": 0.3}},
             "teacher": {"update": "ema", "of": "student", "momentum": 0.992},
         },
-        "heads": {"dino": {"name": "projection", "prototypes": prototypes}},
+        "heads": {"dino": {"name": "projection", "num_prototypes": prototypes}},
         "masks": {"block": {"name": "block"}},
         "objectives": {
             "dino": {"name": "dino", "masks": {"global": "block"}},

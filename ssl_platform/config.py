@@ -3,6 +3,7 @@
 import difflib
 import importlib
 import json
+import os
 import pkgutil
 import re
 from collections.abc import Sequence
@@ -144,9 +145,9 @@ def resolve_paths(kind: type[Config], data: dict[str, Any], folder: Path) -> dic
     for key, field in kind.model_fields.items():
         value = data.get(key)
         if isinstance(value, str) and _holds_paths(field.annotation):
-            resolved[key] = str(folder / value)
+            resolved[key] = _under(folder, value)
         elif isinstance(value, list) and _holds_paths(field.annotation):
-            resolved[key] = [str(folder / item) if isinstance(item, str) else item for item in value]
+            resolved[key] = [_under(folder, item) if isinstance(item, str) else item for item in value]
         elif isinstance(value, dict) and (inner := _section(field, value)) is not None:
             resolved[key] = resolve_paths(inner, value, folder)
         elif isinstance(value, dict):  # a map of sections
@@ -157,6 +158,11 @@ def resolve_paths(kind: type[Config], data: dict[str, Any], folder: Path) -> dic
                 for name, item in value.items()
             }
     return resolved
+
+
+def _under(folder: Path, path: str) -> str:
+    """A path of the file's folder, without `..`: it is shown in logs and kept in the saved configuration."""
+    return os.path.normpath(folder / path)
 
 
 def _override(kind: type[Config], data: dict[str, Any], override: str) -> None:

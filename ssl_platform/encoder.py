@@ -164,4 +164,4 @@ def _build_network(config: EncoderConfig, modality: Modality) -> nn.Module:
 def _initial_network(config: EncoderConfig, modality: Modality) -> nn.Module:
     """The network as the run began with it; drawing random numbers here leaves the global generators alone."""
     with torch.random.fork_rng(devices=[]):
-        return build_networks(config, modality)[config.network]  # type: ignore[arg-type]  # has all it looks at
+        return build_networks(config.networks, config.seed, modality)[config.network]

@@ -41,7 +41,7 @@ def head_flops(head: ProjectionHead, rows: int, *, trained: bool) -> int:
     """`rows` embeddings through a projection head."""
     layers = [module for module in head.mlp.modules() if isinstance(module, nn.Linear)]
     total = sum(linear(rows, layer.in_features, layer.out_features, trained=trained) for layer in layers)
-    return total + linear(rows, layers[-1].out_features, head.prototypes, trained=trained)
+    return total + linear(rows, layers[-1].out_features, head.num_prototypes, trained=trained)
 
 
 def step_flops(

@@ -177,28 +177,28 @@ def _check_requests(recipe: Recipe) -> list[str]:
 # -- building ----------------------------------------------------------------------------------------------------------
 
 
-def build_networks(recipe: Recipe, modality: Modality) -> dict[str, nn.Module]:
-    """The networks as they are before the first step; the same for the same recipe and seed."""
-    torch.manual_seed(recipe.seed)
+def build_networks(configs: dict[str, NetworkConfig], seed: int, modality: Modality) -> dict[str, nn.Module]:
+    """The networks as they are before the first step; the same for the same configuration and seed."""
+    torch.manual_seed(seed)
     networks: dict[str, nn.Module] = {
         name: network.backbone.build(modality, network.inputs)
-        for name, network in recipe.networks.items()
+        for name, network in configs.items()
         if network.backbone is not None
     }
-    waiting = [name for name in recipe.networks if name not in networks]
+    waiting = [name for name in configs if name not in networks]
     while waiting:
-        ready = [name for name in waiting if recipe.networks[name].of in networks]
+        ready = [name for name in waiting if configs[name].of in networks]
         if not ready:
             raise ConfigError([f"networks: {', '.join(waiting)} follow each other, and none has a backbone"])
         for name in ready:
-            networks[name] = copy.deepcopy(networks[recipe.networks[name].of])  # type: ignore[index]
+            networks[name] = copy.deepcopy(networks[configs[name].of])  # type: ignore[index]
             waiting.remove(name)
-    return {name: networks[name] for name in recipe.networks}
+    return {name: networks[name] for name in configs}
 
 
 def build_student_teacher(recipe: Recipe, modality: Modality, num_samples: int, device: torch.device) -> StudentTeacher:
     """Networks, heads and objectives on `device`; averaged copies start equal to what they follow."""
-    networks = build_networks(recipe, modality)
+    networks = build_networks(recipe.networks, recipe.seed, modality)
     embed_dims: dict[str, int] = {name: network.embed_dim for name, network in networks.items()}  # type: ignore[misc]
     heads = {name: _build_head(recipe, head, embed_dims) for name, head in recipe.heads.items()}
     context = BuildContext(modality, embed_dims, recipe.heads, recipe.steps, recipe.seed, num_samples)

@@ -5,11 +5,12 @@ Read it as: main (configuration) -> train (parts, then stages) -> run_stage (loo
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ssl_platform import checkpoint, distributed, run_lock
 from ssl_platform.config import ConfigError, to_yaml
@@ -84,7 +85,6 @@ def train(recipe: Recipe, device: torch.device) -> None:
     except ValueError as error:
         raise ConfigError([f"data.shards: {error}"]) from error
     modality: Modality = recipe.modality.build(index.statistics)
-    masks = {name: config.build() for name, config in recipe.masks.items()}
     parts = build(recipe, modality, len(index), device)
     step = resume(recipe, parts)
     if distributed.rank() == 0:
@@ -110,24 +110,7 @@ def train(recipe: Recipe, device: torch.device) -> None:
             parts.student_teacher, modality, index, device, recipe.seed, stage.name, stage.repetition, folder
         )
         prepared = begin_stage(stage, context, resumed=step > stage.begin)
-        batches = train_batches(
-            index,
-            modality,
-            masks,
-            seed=recipe.seed,
-            batch_size=recipe.batch_size,
-            accumulate=recipe.accumulate,
-            first_step=step,
-            last_step=stage.end,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
-            window_shards=recipe.data.window_shards,
-            cache_shards=recipe.data.cache_shards,
-            companions=recipe.data.companions.build(index, prepared) if recipe.data.companions else None,
-            workers=recipe.data.workers,
-            prefetch=recipe.data.prefetch,
-        )
-        with closing(batches):
+        with closing(stage_batches(stage, recipe, index, modality, step, prepared)) as batches:
             step, stopping = run_stage(stage, recipe, parts, batches, step, metrics, index, stop)
         if stopping:
             name = stop.name or "a signal to another rank"
@@ -135,6 +118,29 @@ def train(recipe: Recipe, device: torch.device) -> None:
             break
     stop.restore()
     metrics.close()
+
+
+def stage_batches(
+    stage: Stage, recipe: Recipe, index: Index, modality: Modality, first_step: int, prepared: dict[str, Tensor]
+) -> Generator[Batch, None, None]:
+    """This rank's micro-batches from `first_step` to the end of the stage."""
+    return train_batches(
+        index,
+        modality,
+        {name: config.build() for name, config in recipe.masks.items()},
+        seed=recipe.seed,
+        batch_size=recipe.batch_size,
+        accumulate=recipe.accumulate,
+        first_step=first_step,
+        last_step=stage.end,
+        rank=distributed.rank(),
+        world_size=distributed.world_size(),
+        window_shards=recipe.data.window_shards,
+        cache_shards=recipe.data.cache_shards,
+        companions=recipe.data.companions.build(index, prepared) if recipe.data.companions else None,
+        workers=recipe.data.workers,
+        prefetch=recipe.data.prefetch,
+    )
 
 
 def run_stage(

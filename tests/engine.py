@@ -14,7 +14,7 @@ from tests.probes.toy import SPECS
 
 NUM_PROTOTYPES = 12
 VIT = {"name": "vit", "embed_dim": 16, "depth": 2, "num_heads": 2, "layer_scale": None}
-HEAD = {"name": "projection", "prototypes": NUM_PROTOTYPES, "hidden_dim": 16, "bottleneck_dim": 8, "layers": 2}
+HEAD = {"name": "projection", "num_prototypes": NUM_PROTOTYPES, "hidden_dim": 16, "bottleneck_dim": 8, "num_layers": 2}
 DINO = {"name": "dino", "teacher_temp": 0.04, "masks": {"global": "block"}}
 IBOT = {"name": "ibot", "teacher_temp": 0.04}
 KOLEO = {"name": "koleo", "masks": "block"}

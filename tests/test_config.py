@@ -113,7 +113,7 @@ def test_paths_are_relative_to_the_file_and_overrides_to_the_working_directory(
     monkeypatch.chdir(elsewhere)
     path = write(folder, engine.settings(data={"shards": "../tiles"}, run_dir="runs/a"))
     recipe = load_recipe(path)
-    assert recipe.data.shards == folder / "../tiles" and recipe.run_dir == folder / "runs/a"
+    assert recipe.data.shards == folder.parent / "tiles" and recipe.run_dir == folder / "runs/a"
     assert load_recipe(path, ["run_dir=b"]).run_dir == elsewhere / "b"
     assert load_recipe(path, ["data.shards=[x, y]"]).data.shards == [elsewhere / "x", elsewhere / "y"]
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ssl_platform import optim
 from ssl_platform.backbones import Input
-from ssl_platform.backbones.patch_embed import GridPatchEmbed
 from ssl_platform.backbones.vit import VisionTransformer
 from ssl_platform.heads.projection import ProjectionHead
 from ssl_platform.objectives import Forward, Objective
@@ -19,6 +18,7 @@ from ssl_platform.objectives._targets import build_targets
 from ssl_platform.objectives.dino import Dino
 from ssl_platform.objectives.ibot import Ibot
 from ssl_platform.objectives.koleo import Koleo
+from ssl_platform.patch_embed import GridPatchEmbed
 from ssl_platform.step import Parts, train_step
 from ssl_platform.student_teacher import Role, StudentTeacher
 from ssl_platform.views import Batch, ViewGroup
@@ -47,7 +47,7 @@ class Case:
             depth=s["depth"],
             num_heads=s["num_heads"],
             hidden_dim=s["embed_dim"] * s["mlp_ratio"],
-            registers=s["registers"],
+            num_registers=s["registers"],
             interpolation="dinov2",
             interpolation_offset=s["interpolate_offset"],
         )

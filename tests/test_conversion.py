@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ssl_platform.backbones import Features, Input
 from ssl_platform.backbones._conversion import from_dinov2, from_timm, timm_arguments, to_dinov2, to_timm
-from ssl_platform.backbones.patch_embed import GridPatchEmbed
 from ssl_platform.backbones.vit import Config, VisionTransformer
+from ssl_platform.patch_embed import GridPatchEmbed
 
 VECTORS = Path(__file__).parent / "data" / "conformance"
 CASES = ["dinov2_centering_shared", "dinov2_sinkhorn_separate_registers"]
@@ -35,7 +35,7 @@ def make(patch: int, size: int, seed: int = 0, **settings: Any) -> VisionTransfo
         num_heads=config.num_heads,
         hidden_dim=config.hidden_dim,
         swiglu=config.ffn == "swiglu",
-        registers=config.registers,
+        num_registers=config.num_registers,
         layer_scale=config.layer_scale,
         qkv_bias=config.qkv_bias,
         interpolation=config.position.interpolation,
@@ -72,7 +72,7 @@ def conformance_vit(facts: dict[str, Any]) -> VisionTransformer:
         embed_dim=facts["embed_dim"],
         depth=facts["depth"],
         num_heads=facts["num_heads"],
-        registers=facts["registers"],
+        num_registers=facts["registers"],
     )
 
 
@@ -123,7 +123,7 @@ def test_a_checkpoint_of_another_resolution_gives_the_same_outputs() -> None:
 
 
 def test_a_checkpoint_that_does_not_fit_is_described() -> None:
-    vit, state = make(8, 32, registers=4, **SMALL), to_dinov2(make(8, 32, ffn="swiglu", **SMALL))
+    vit, state = make(8, 32, num_registers=4, **SMALL), to_dinov2(make(8, 32, ffn="swiglu", **SMALL))
     with pytest.raises(ValueError) as error:
         from_dinov2(state | {"blocks.0.extra": torch.zeros(1)}, vit)
     lines = str(error.value).split("\n")
@@ -131,21 +131,21 @@ def test_a_checkpoint_that_does_not_fit_is_described() -> None:
     assert lines[1:3] == ["  missing: reg_token", "  unknown: blocks.0.extra"]
     assert "blocks.0.mlp.fc1.weight (128, 24) instead of (96, 24)" in lines[3]
     assert lines[4].startswith("  matched: cls_token, pos_embed, mask_token")
-    assert lines[5] == "  embed_dim, depth, registers, layer_scale, ffn and qkv_bias must be the checkpoint's"
+    assert lines[5] == "  embed_dim, depth, num_registers, layer_scale, ffn and qkv_bias must be the checkpoint's"
 
 
 # -- timm -------------------------------------------------------------------------------------------------------------
 
 REAL_WIDTHS = {
     "ViT-S/16": (16, 224, {"depth": 3}),
-    "ViT-B/14 with registers": (14, 224, {"embed_dim": 768, "num_heads": 12, "depth": 2, "registers": 4}),
+    "ViT-B/14 with registers": (14, 224, {"embed_dim": 768, "num_heads": 12, "depth": 2, "num_registers": 4}),
     "ViT-S/16 with SwiGLU": (16, 224, {"depth": 3, "ffn": "swiglu"}),
-    "ViT-S/14 with SwiGLU and registers": (14, 224, {"depth": 2, "ffn": "swiglu", "registers": 4}),
+    "ViT-S/14 with SwiGLU and registers": (14, 224, {"depth": 2, "ffn": "swiglu", "num_registers": 4}),
 }
 VARIANTS = {
     "without LayerScale": (8, 32, {"layer_scale": None, **SMALL}),
     "SwiGLU without LayerScale": (8, 32, {"layer_scale": None, "ffn": "swiglu", **SMALL}),
-    "without bias of qkv": (8, 32, {"qkv_bias": False, "registers": 1, **SMALL}),
+    "without bias of qkv": (8, 32, {"qkv_bias": False, "num_registers": 1, **SMALL}),
 }
 EVERY = REAL_WIDTHS | VARIANTS
 
@@ -188,7 +188,7 @@ def test_our_network_gives_the_outputs_of_a_timm_checkpoint(name: str) -> None:
 
 
 def test_timm_positions_of_registers_are_merged_into_them() -> None:
-    vit = make(8, 32, registers=3, **SMALL)
+    vit = make(8, 32, num_registers=3, **SMALL)
     architecture, model_args = timm_arguments(vit)
     model = timm.create_model(architecture, **{**model_args, "no_embed_class": False}).eval()
     assert model.pos_embed.shape[1] == 16 + 1 + 3
@@ -199,7 +199,7 @@ def test_timm_positions_of_registers_are_merged_into_them() -> None:
 
 @pytest.mark.parametrize("registers", [0, 2])
 def test_other_sizes_agree_under_timms_convention(registers: int) -> None:
-    vit = make(8, 32, registers=registers, position={"interpolation": "timm"}, **SMALL)
+    vit = make(8, 32, num_registers=registers, position={"interpolation": "timm"}, **SMALL)
     architecture, model_args, state = to_timm(vit)
     model = timm.create_model(architecture, **model_args).eval()
     model.load_state_dict(state)
@@ -209,8 +209,8 @@ def test_other_sizes_agree_under_timms_convention(registers: int) -> None:
 
 
 def test_a_timm_checkpoint_of_another_resolution_is_read_at_the_native_grid() -> None:
-    source = make(8, 64, registers=2, position={"interpolation": "timm"}, **SMALL)
-    vit = make(8, 32, seed=1, registers=2, position={"interpolation": "timm"}, **SMALL)
+    source = make(8, 64, num_registers=2, position={"interpolation": "timm"}, **SMALL)
+    vit = make(8, 32, seed=1, num_registers=2, position={"interpolation": "timm"}, **SMALL)
     vit.load_state_dict(from_timm(to_timm(source).state, vit))
     torch.testing.assert_close(run(vit, images_of(32)).cls, run(source, images_of(32)).cls)
 

@@ -3,7 +3,7 @@
 import io
 import json
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -27,20 +27,11 @@ from ssl_platform.config import validate
 from ssl_platform.data.index import Index
 from ssl_platform.data.reading import ShardReader
 from ssl_platform.encoder import Encoder
-from ssl_platform.log import logger
 from ssl_platform.recipe import Recipe
 from ssl_platform.train import train
 
 DEFINITIONS: tuple[knn.Definition, ...] = ("dino", "dinov2")
 CONFORMANCE = json.loads((Path(__file__).parent / "data/conformance/evaluation.json").read_text(encoding="utf-8"))
-
-
-@pytest.fixture(autouse=True)
-def loggers_are_put_back() -> Iterator[None]:
-    """The command logs to the stderr of its test, which is closed afterwards."""
-    yield
-    logger.handlers.clear()
-    logger.propagate = True
 
 
 def uniform(count: int, offset: int = 0) -> Floats:
@@ -600,7 +591,7 @@ def real_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_stripes(folder / "test/b.tar", 40, 1)
     vit = {"name": "vit", "embed_dim": 24, "depth": 2, "num_heads": 2}
     crops = {"global": {"num": 2, "size": 16, "scale": [0.5, 1.0]}, "local": {"num": 2, "size": 8, "scale": [0.2, 0.5]}}
-    head = {"name": "projection", "prototypes": 16, "hidden_dim": 24, "bottleneck_dim": 8, "layers": 2}
+    head = {"name": "projection", "num_prototypes": 16, "hidden_dim": 24, "bottleneck_dim": 8, "num_layers": 2}
     recipe = validate(
         Recipe,
         {

@@ -50,7 +50,7 @@ def write_run(run: Path, backbone: dict[str, Any], steps: tuple[int, ...] = (5,)
     recipe = recipe_of(backbone, **changes)
     modality = recipe.modality.build(STATISTICS)
     for step in steps:
-        networks = torch.nn.ModuleDict(build_networks(recipe, modality))
+        networks = torch.nn.ModuleDict(build_networks(recipe.networks, recipe.seed, modality))
         generator = torch.Generator().manual_seed(step)
         with torch.no_grad():
             for parameter in networks.parameters():
@@ -70,7 +70,7 @@ def views(count: int = 3, size: int = 32) -> Tensor:
 
 def expected(run: Path, recipe: Recipe, step: int, network: str) -> Tensor:
     """The embeddings of a network of a checkpoint, without Encoder."""
-    built = build_networks(recipe, recipe.modality.build(None))[network].eval()
+    built = build_networks(recipe.networks, recipe.seed, recipe.modality.build(None))[network].eval()
     tensors = load_file(run / f"checkpoints/step_{step:08d}/model.safetensors")
     prefix = f"networks.{network}."
     built.load_state_dict({key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)})
@@ -101,7 +101,7 @@ def test_the_random_baseline_is_the_runs_own_initialisation(tmp_path: Path) -> N
     before = torch.get_rng_state()
     baseline = Encoder.load(tmp_path, random_init=True)
     assert torch.equal(before, torch.get_rng_state())
-    initial = build_networks(recipe, recipe.modality.build(None))["teacher"].eval()
+    initial = build_networks(recipe.networks, recipe.seed, recipe.modality.build(None))["teacher"].eval()
     assert torch.equal(baseline(views()).cls, initial([Input(views()[None])])[0].cls[0])
     assert export.main([str(tmp_path), "--format", "timm", "--out", str(tmp_path / "out")]) == 0
     exported = Encoder.load(tmp_path / "out", random_init=True)
@@ -137,8 +137,8 @@ def test_folders_that_hold_no_encoder_are_named(tmp_path: Path) -> None:
 
 BACKBONES: dict[str, dict[str, Any]] = {
     "vit": VIT,
-    "vit with registers": VIT | {"registers": 2},
-    "vit with SwiGLU": VIT | {"ffn": "swiglu", "registers": 1},
+    "vit with registers": VIT | {"num_registers": 2},
+    "vit with SwiGLU": VIT | {"ffn": "swiglu", "num_registers": 1},
     "vit with SwiGLU and no LayerScale": VIT | {"ffn": "swiglu", "layer_scale": None},
     "resnet": {"name": "timm_models", "model": "resnet18"},
     "timm vit": {

@@ -13,7 +13,7 @@ from tests import engine
 
 @pytest.mark.parametrize("drop_path", [0.0, 0.3])
 def test_formula_equals_the_counter(drop_path: float) -> None:
-    backbone = {"name": "vit", "embed_dim": 48, "depth": 3, "num_heads": 3, "drop_path": drop_path, "registers": 2}
+    backbone = {"name": "vit", "embed_dim": 48, "depth": 3, "num_heads": 3, "drop_path": drop_path, "num_registers": 2}
     recipe = engine.recipe(
         modality={
             "name": "image",
@@ -21,7 +21,7 @@ def test_formula_equals_the_counter(drop_path: float) -> None:
             "crops": {"global": {"size": 32}, "local": {"num": 3, "size": 16}},
         },
         networks={"student": {"backbone": backbone}, "teacher": {"update": "ema", "of": "student"}},
-        heads={"dino": engine.HEAD | {"layers": 3}},
+        heads={"dino": engine.HEAD | {"num_layers": 3}},
         masks={"block": {"name": "block"}},
     )
     modality = recipe.modality.build(None)

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     {"config", "distributed"},
-    {"log", "optim", "views", "progress"},
+    {"log", "optim", "views", "patch_embed", "progress"},
     {"masks", "backbones", "heads", "checkpoint", "run_lock"},
     {"modalities"},
     {"objectives", "data"},

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from ssl_platform.backbones.patch_embed import Tokens
 from ssl_platform.config import plugin_class, plugin_names, to_yaml, validate
+from ssl_platform.patch_embed import Tokens
 from ssl_platform.views import collate
 
 PACKAGE = "ssl_platform.modalities"

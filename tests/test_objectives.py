@@ -247,7 +247,7 @@ def test_trap_11_the_last_layer_is_frozen_for_steps_by_lr_0() -> None:
 
 
 def test_trap_14_features_are_normalised_and_patches_exclude_registers() -> None:
-    backbone = engine.VIT | {"registers": 3}
+    backbone = engine.VIT | {"num_registers": 3}
     model = engine.model(networks={"student": {"backbone": backbone}, "teacher": {"update": "ema", "of": "student"}})
     features = model.networks["teacher"]([Input(engine.batch().groups["global"].views)])[0]
     assert features.patches.shape == (2, 4, 4, 16)

@@ -2,13 +2,12 @@
 
 import errno
 import json
-import logging
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ from ssl_platform.data.tar_writing import encode, tissue_fraction
 from ssl_platform.data.tars import atomic_file
 from ssl_platform.modalities._images import decode_image
 
-pytestmark = pytest.mark.usefixtures("_own_logging")
-
 FILES = "index.json", "index.npy", "pack.json"
 
 
@@ -39,16 +36,6 @@ def save(path: Path, pixels: np.ndarray[Any, Any]) -> Path:
 
 def pixels_of(seed: int, *shape: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(seed).integers(0, 256, shape or (6, 5, 3), dtype=np.uint8)
-
-
-@pytest.fixture
-def _own_logging() -> Iterator[None]:
-    """A command sets the logger up for its process, which here is that of all tests."""
-    logger = logging.getLogger("ssl_platform")
-    before = logger.handlers[:], logger.propagate, logger.level
-    yield
-    logger.handlers[:], logger.propagate = before[:2]
-    logger.setLevel(before[2])
 
 
 @pytest.fixture

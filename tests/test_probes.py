@@ -20,7 +20,7 @@ from ssl_platform.train import train
 from tests.ranks import run_ranks
 
 VIT = {"name": "vit", "embed_dim": 16, "depth": 2, "num_heads": 2, "layer_scale": None}
-SMALL_HEAD = {"name": "projection", "prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8, "layers": 2}
+SMALL_HEAD = {"name": "projection", "num_prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8, "num_layers": 2}
 PAIR = {"student": {"backbone": VIT}, "teacher": {"update": "ema", "of": "student", "momentum": 0.9}}
 DINO = {"name": "dino", "teacher_temp": 0.04}
 
@@ -34,7 +34,7 @@ PROBES: dict[str, dict[str, Any]] = {
         "modality": toy("global", "clean", "corrupted"),
         "companions": {"name": "random", "num": 1},
         "networks": PAIR,
-        "heads": {"dino": SMALL_HEAD, "data": SMALL_HEAD | {"prototypes": 8}},
+        "heads": {"dino": SMALL_HEAD, "data": SMALL_HEAD | {"num_prototypes": 8}},
         "objectives": {
             "dino": DINO | {"teacher_group": "clean", "student_groups": ["corrupted"]},
             "asit": {"name": "tests.probes.asit"},
@@ -66,7 +66,7 @@ PROBES: dict[str, dict[str, Any]] = {
     "poa": {
         "modality": toy("global"),
         "networks": PAIR | {"student": {"backbone": {"name": "tests.probes.elastic"}}},
-        "heads": {"small": SMALL_HEAD, "large": SMALL_HEAD | {"prototypes": 20}},
+        "heads": {"small": SMALL_HEAD, "large": SMALL_HEAD | {"num_prototypes": 20}},
         "objectives": {"poa": {"name": "tests.probes.poa"}},
     },
     "comodo": {
@@ -87,7 +87,7 @@ PROBES: dict[str, dict[str, Any]] = {
     "sdpn": {
         "modality": toy("global", "local", "single"),
         "networks": PAIR,
-        "heads": {"embedding": SMALL_HEAD | {"prototypes": 8}},
+        "heads": {"embedding": SMALL_HEAD | {"num_prototypes": 8}},
         "objectives": {"sdpn": {"name": "tests.probes.sdpn"}},
     },
     "dlg_lc": {

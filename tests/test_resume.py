@@ -158,7 +158,7 @@ def test_finished_run_started_again_changes_nothing(whole: Path) -> None:
     [
         ("batch_size=8", "batch_size was 16 and is now 8"),
         ("seed=3", "seed was 0 and is now 3"),
-        ("heads.dino.prototypes=65", "was written by another configuration: heads.dino"),
+        ("heads.dino.num_prototypes=65", "was written by another configuration: heads.dino"),
     ],
 )
 def test_resuming_with_another_configuration_is_refused(

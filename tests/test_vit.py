@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ssl_platform.backbones import Features, Input
 from ssl_platform.backbones._positions import interpolate_positions
-from ssl_platform.backbones.patch_embed import GridPatchEmbed, Tokens
 from ssl_platform.backbones.vit import Config, VisionTransformer
 from ssl_platform.config import ConfigError, validate
+from ssl_platform.patch_embed import GridPatchEmbed, Tokens
 
 
 def make_vit(**changes: Any) -> VisionTransformer:
@@ -26,7 +26,7 @@ def make_vit(**changes: Any) -> VisionTransformer:
         "depth": 3,
         "num_heads": 3,
         "hidden_dim": 40,
-        "registers": 2,
+        "num_registers": 2,
         "layer_scale": 0.5,
     }
     torch.manual_seed(0)
@@ -107,7 +107,7 @@ def check_tokens(features: Features, at: tuple[int, ...], expected: Tensor, num_
         assert features.registers is None
 
 
-VARIANTS = [{}, {"swiglu": True}, {"registers": 0}, {"layer_scale": None}, {"qkv_bias": False}]
+VARIANTS = [{}, {"swiglu": True}, {"num_registers": 0}, {"layer_scale": None}, {"qkv_bias": False}]
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
@@ -383,7 +383,13 @@ def test_the_native_grid_is_read_as_it_is() -> None:
 def test_initialisation_is_dinov2s() -> None:
     torch.manual_seed(0)
     vit = VisionTransformer(
-        GridPatchEmbed(3, 192, (8, 8), (8, 8)), (8, 8), embed_dim=192, depth=2, num_heads=3, hidden_dim=768, registers=4
+        GridPatchEmbed(3, 192, (8, 8), (8, 8)),
+        (8, 8),
+        embed_dim=192,
+        depth=2,
+        num_heads=3,
+        hidden_dim=768,
+        num_registers=4,
     )
     values = dict(vit.named_parameters())
     for name in ("pos_embed", "blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight"):

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ssl_platform.backbones._positions import interpolate_positions
-from ssl_platform.backbones.patch_embed import GridPatchEmbed
 from ssl_platform.backbones.vit import VisionTransformer
+from ssl_platform.patch_embed import GridPatchEmbed
 
 
 class TimmModel(NamedTuple):
@@ -165,6 +165,6 @@ def _checked(state: dict[str, Tensor], vit: VisionTransformer, source: str) -> d
         lines = [f"the {source} checkpoint does not fit the backbone: {len(matched)} of {len(expected)} keys match"]
         for title, keys in (("missing", missing), ("unknown", unknown), ("other shapes", shapes), ("matched", matched)):
             lines += [f"  {title}: {', '.join(keys)}"] * bool(keys)
-        lines.append("  embed_dim, depth, registers, layer_scale, ffn and qkv_bias must be the checkpoint's")
+        lines.append("  embed_dim, depth, num_registers, layer_scale, ffn and qkv_bias must be the checkpoint's")
         raise ValueError("\n".join(lines))
     return state

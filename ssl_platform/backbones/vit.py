@@ -16,8 +16,8 @@ from ssl_platform import config as configuration
 from ssl_platform.backbones import Features, Input
 from ssl_platform.backbones._blocks import Block, Rows
 from ssl_platform.backbones._positions import interpolate_positions
-from ssl_platform.backbones.patch_embed import Tokens
 from ssl_platform.modalities import Modality
+from ssl_platform.patch_embed import Tokens
 
 
 class PositionConfig(configuration.Config):
@@ -45,7 +45,7 @@ class Config(configuration.PluginConfig):
     """Hidden width of the feed-forward part over embed_dim; `swiglu` takes two thirds of it, a multiple of 8."""
     ffn: Literal["mlp", "swiglu"] = "mlp"
     """The feed-forward part: two layers with GELU, or SwiGLU."""
-    registers: int = Field(default=0, ge=0)
+    num_registers: int = Field(default=0, ge=0)
     """Register tokens, which are neither patches nor the embedding."""
     layer_scale: float | None = 1e-5
     """Initial value of LayerScale; null leaves LayerScale out."""
@@ -75,7 +75,7 @@ class Config(configuration.PluginConfig):
             num_heads=self.num_heads,
             hidden_dim=self.hidden_dim,
             swiglu=self.ffn == "swiglu",
-            registers=self.registers,
+            num_registers=self.num_registers,
             layer_scale=self.layer_scale,
             drop_path=self.drop_path_rates,
             qkv_bias=self.qkv_bias,
@@ -116,7 +116,7 @@ class VisionTransformer(nn.Module):
         num_heads: int,
         hidden_dim: int,
         swiglu: bool = False,
-        registers: int = 0,
+        num_registers: int = 0,
         layer_scale: float | None = 1e-5,
         drop_path: Sequence[float] = (),
         qkv_bias: bool = True,
@@ -126,7 +126,7 @@ class VisionTransformer(nn.Module):
         interpolation_antialias: bool = False,
     ) -> None:
         super().__init__()
-        self.embed_dim, self.num_layers, self.num_registers, self.num_heads = embed_dim, depth, registers, num_heads
+        self.embed_dim, self.num_layers, self.num_registers, self.num_heads = embed_dim, depth, num_registers, num_heads
         self.hidden_dim, self.swiglu, self.layer_scale = hidden_dim, swiglu, layer_scale
         self.qkv_bias, self.norm_eps = qkv_bias, norm_eps
         self.native_grid, self.drop_path = native_grid, list(drop_path) or [0.0] * depth
@@ -134,7 +134,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = patch_embed
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(native_grid), embed_dim)) if native_grid else None
-        self.reg_token = nn.Parameter(torch.empty(1, registers, embed_dim)) if registers else None
+        self.reg_token = nn.Parameter(torch.empty(1, num_registers, embed_dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, hidden_dim, swiglu, layer_scale, qkv_bias, norm_eps) for _ in range(depth)

@@ -13,28 +13,28 @@ from ssl_platform.heads import HeadConfig
 
 class Config(HeadConfig):
     name: str = "projection"
-    prototypes: int = Field(65536, ge=1)
+    num_prototypes: int = Field(65536, ge=1)
     hidden_dim: int = Field(2048, ge=1)
     bottleneck_dim: int = Field(256, ge=1)
-    layers: int = Field(3, ge=1)
+    num_layers: int = Field(3, ge=1)
     """Linear layers before the prototypes; 1 = a single one without hidden layer."""
     last_layer: Literal["weight_norm", "weight_norm_frozen", "linear"] = "weight_norm"
     """weight_norm: trained direction and length (DINOv2); ..._frozen: length 1 (DINO's norm_last_layer); linear: DINOv3."""
 
     def build(self, embed_dim: int) -> "ProjectionHead":
         return ProjectionHead(
-            embed_dim, self.prototypes, self.hidden_dim, self.bottleneck_dim, self.layers, self.last_layer
+            embed_dim, self.num_prototypes, self.hidden_dim, self.bottleneck_dim, self.num_layers, self.last_layer
         )
 
 
 class Prototypes(nn.Module):
     """The last layer (K, bottleneck), without bias, weight-normalised: weight = weight_g * weight_v / |weight_v|."""
 
-    def __init__(self, in_dim: int, prototypes: int, train_length: bool) -> None:
+    def __init__(self, in_dim: int, num_prototypes: int, train_length: bool) -> None:
         super().__init__()
         # What nn.utils.weight_norm makes of an nn.Linear and DINOv2 then sets to 1, under DINOv2's names.
-        self.weight_g = nn.Parameter(torch.ones(prototypes, 1), requires_grad=train_length)
-        self.weight_v = nn.Parameter(nn.init.trunc_normal_(torch.empty(prototypes, in_dim), std=0.02))
+        self.weight_g = nn.Parameter(torch.ones(num_prototypes, 1), requires_grad=train_length)
+        self.weight_v = nn.Parameter(nn.init.trunc_normal_(torch.empty(num_prototypes, in_dim), std=0.02))
 
     def forward(self, embeddings: Tensor) -> Tensor:
         weight = torch._weight_norm(self.weight_v, self.weight_g, 0)
@@ -45,23 +45,29 @@ class ProjectionHead(nn.Module):
     """Embeddings (..., D) -> logits (..., K). Trunc-normal .02 weights and zero biases (numerics of DINO's DINOHead)."""
 
     def __init__(
-        self, embed_dim: int, prototypes: int, hidden_dim: int, bottleneck_dim: int, layers: int, last_layer: str
+        self,
+        embed_dim: int,
+        num_prototypes: int,
+        hidden_dim: int,
+        bottleneck_dim: int,
+        num_layers: int,
+        last_layer: str,
     ) -> None:
         super().__init__()
-        widths = [embed_dim, *[hidden_dim] * (layers - 1), bottleneck_dim]
+        widths = [embed_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
         steps: list[nn.Module] = []
         for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
             linear = nn.Linear(fan_in, fan_out)
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-            steps += [linear] if index == layers - 1 else [linear, nn.GELU()]
-        self.mlp = nn.Sequential(*steps) if layers > 1 else steps[0]
-        self.prototypes = prototypes
+            steps += [linear] if index == num_layers - 1 else [linear, nn.GELU()]
+        self.mlp = nn.Sequential(*steps) if num_layers > 1 else steps[0]
+        self.num_prototypes = num_prototypes
         if last_layer == "linear":
-            self.last_layer: nn.Module = nn.Linear(bottleneck_dim, prototypes, bias=False)
+            self.last_layer: nn.Module = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
             nn.init.trunc_normal_(self.last_layer.weight, std=0.02)
         else:
-            self.last_layer = Prototypes(bottleneck_dim, prototypes, train_length=last_layer == "weight_norm")
+            self.last_layer = Prototypes(bottleneck_dim, num_prototypes, train_length=last_layer == "weight_norm")
 
     def forward(self, embeddings: Tensor) -> Tensor:
         bottleneck = self.mlp(embeddings)

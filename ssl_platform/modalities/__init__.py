@@ -44,7 +44,7 @@ class Modality(Protocol):
         ...
 
     def patch_embed(self, embed_dim: int, group: str = "global") -> nn.Module:
-        """The layer that turns (B, *shape) into `ssl_platform.backbones.patch_embed.Tokens`."""
+        """The layer that turns (B, *shape) into `ssl_platform.patch_embed.Tokens`."""
         ...
 
     def description(self) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
-from ssl_platform.backbones.patch_embed import GridPatchEmbed
 from ssl_platform.config import Config as Section
 from ssl_platform.config import PluginConfig
 from ssl_platform.modalities import GroupSpec
@@ -39,6 +38,7 @@ from ssl_platform.modalities._options import (
     pair,
     raise_if_any,
 )
+from ssl_platform.patch_embed import GridPatchEmbed
 from ssl_platform.views import SampleViews
 
 # -- configuration -----------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ class Config(ObjectiveConfig):
             students=students,
             pairs=self.pairs,
             targets=build_targets(
-                self.targets, context.heads[self.head].prototypes, self.center_momentum, self.sinkhorn_iterations
+                self.targets, context.heads[self.head].num_prototypes, self.center_momentum, self.sinkhorn_iterations
             ),
             student_temp=self.student_temp,
             teacher_temp=build_schedule(self.teacher_temp, context.steps),

@@ -33,7 +33,7 @@ class Config(ObjectiveConfig):
             teacher=Forward(self.teacher, self.group),
             student=Forward(self.student, self.group, self.masks),
             targets=build_targets(
-                self.targets, context.heads[self.head].prototypes, self.center_momentum, self.sinkhorn_iterations
+                self.targets, context.heads[self.head].num_prototypes, self.center_momentum, self.sinkhorn_iterations
             ),
             student_temp=self.student_temp,
             teacher_temp=build_schedule(self.teacher_temp, context.steps),

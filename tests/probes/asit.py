@@ -16,7 +16,7 @@ class Config(ObjectiveConfig):
     head: str = "data"
 
     def build(self, context: BuildContext) -> "Asit":
-        return Asit(self.head, context.heads[self.head].prototypes, context.embed_dims["student"])
+        return Asit(self.head, context.heads[self.head].num_prototypes, context.embed_dims["student"])
 
 
 class Asit(Objective):

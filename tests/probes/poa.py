@@ -49,7 +49,7 @@ class Config(ObjectiveConfig):
     heads: tuple[str, ...] = ("small", "large")
 
     def build(self, context: BuildContext) -> "Poa":
-        return Poa({name: context.heads[name].prototypes for name in self.heads}, context.seed)
+        return Poa({name: context.heads[name].num_prototypes for name in self.heads}, context.seed)
 
 
 class Poa(Objective):

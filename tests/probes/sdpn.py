@@ -14,7 +14,7 @@ class Config(ObjectiveConfig):
     head: str = "embedding"
 
     def build(self, context: BuildContext) -> "Sdpn":
-        return Sdpn(self.head, context.heads[self.head].prototypes)
+        return Sdpn(self.head, context.heads[self.head].num_prototypes)
 
 
 class Sdpn(Objective):

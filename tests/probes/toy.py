@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssl_platform.backbones.patch_embed import GridPatchEmbed
 from ssl_platform.config import PluginConfig
 from ssl_platform.modalities import GroupSpec
+from ssl_platform.patch_embed import GridPatchEmbed
 from ssl_platform.views import SampleViews
 
 SPECS = {
