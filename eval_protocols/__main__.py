@@ -1,10 +1,11 @@
-"""ssl-eval: scores a pretrained encoder on labelled shards, beside what no pretraining would give.
+"""ssl-eval: what a pretrained encoder has learnt, beside what no pretraining would give.
 
-A protocol is one way of scoring; `ssl-eval PROTOCOL --help` explains it. Each writes a table and a JSON file.
+A protocol is one way of looking at it: knn scores it on labelled shards, pca draws what it tells apart in an image.
+`ssl-eval PROTOCOL --help` explains it. Each writes a JSON file with everything needed to repeat it.
 
 examples:
   ssl-eval knn --checkpoint runs/skin --train 'shards/train-*.tar' --test 'shards/test-*.tar'
-  ssl-eval knn --help
+  ssl-eval pca --checkpoint runs/skin --image section.tif
 """
 
 import argparse

@@ -167,7 +167,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 
 def read_features(arguments: argparse.Namespace) -> Extracted:
     """Extracts what `add_input_arguments` asks for; raises ValueError if that cannot be scored."""
-    device = _device(arguments.device)
+    device = choose_device(arguments.device)
     indexes = Index.open(arguments.train), Index.open(arguments.test)
     match(*indexes)  # complains before anything slow
     encoder = Encoder.load(arguments.checkpoint, network=arguments.network).to(device)
@@ -238,7 +238,8 @@ def extract_splits(
     return Extracted({name: (found[0][name], found[1][name]) for name in networks}, {"data": data}, notes)
 
 
-def _device(name: str | None) -> torch.device:
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, a GPU if there is one for None; raises ValueError if it cannot be used."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.empty(1, device=device)

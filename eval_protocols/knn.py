@@ -200,8 +200,7 @@ def run(arguments: argparse.Namespace) -> int:
     if headline_k not in arguments.k:
         raise ValueError(f"--headline-k {headline_k}: not one of --k {' '.join(map(str, arguments.k))}")
     check_temperature(arguments.temperature, arguments.definition)
-    name = "-".join(part for part in arguments.checkpoint.parts if part.strip("./"))
-    folder = report.output_folder(arguments.out or Path("eval", name))
+    folder = report.output_folder(arguments.out or report.default_folder(arguments.checkpoint))
     extracted = read_features(arguments)
     options = {
         "ks": arguments.k,

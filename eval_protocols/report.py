@@ -83,6 +83,11 @@ def output_folder(path: Path) -> Path:
     return path
 
 
+def default_folder(checkpoint: Path) -> Path:
+    """Where a checkpoint's results go without --out: eval/ and its path with dashes."""
+    return Path("eval", "-".join(part for part in checkpoint.parts if part.strip("./")))
+
+
 def versions() -> dict[str, str]:
     """The versions that a number depends on."""
     found = {"python": platform.python_version()}

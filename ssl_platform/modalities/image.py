@@ -296,6 +296,10 @@ class Image:
         """The image scaled (antialiased bicubic) and cut to `evaluation_size`, normalised: (C, H, W) float32."""
         if not (self.keep_exact_size and tuple(example.shape[-2:]) == self.evaluation_size):
             example = resize_and_center_crop(example, self.evaluation_resize, self.evaluation_size)
+        return self.normalized(example)
+
+    def normalized(self, example: Tensor) -> Tensor:
+        """An example, or a part of one, of any size as evaluation shows it: (C, H, W) float32."""
         return self.normalization(to_float(example))
 
     def patch_embed(self, embed_dim: int, group: str = "global") -> GridPatchEmbed:
