@@ -130,7 +130,12 @@ def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
-    """Removes all but the last `keep_last` checkpoints and those at multiples of `keep_every` steps."""
+    """Removes all but the last `keep_last` checkpoints and those at multiples of `keep_every` steps.
+
+    What a run that was killed had half written or half removed goes too, so nobody may be saving in `folder`.
+    """
+    for leftover in [*folder.glob(".step_*.removed"), *folder.glob(".step_*.part")]:
+        shutil.rmtree(leftover, ignore_errors=True)
     for path in checkpoints(folder)[:-keep_last]:
         step = int(path.name.removeprefix("step_"))
         if keep_every is None or step % keep_every:

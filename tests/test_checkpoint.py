@@ -151,3 +151,13 @@ def test_lock_refuses_a_second_process_and_ends_with_the_first(tmp_path: Path) -
     assert "another run is training here" in answer and str(os.getpid()) in answer
     held.close()
     assert run_ranks(1, take, str(tmp_path)) == ["taken"]
+
+
+def test_pruning_also_takes_what_a_killed_run_left(tmp_path: Path) -> None:
+    for step in (1, 2, 3, 4):
+        write(tmp_path, step)
+    for name in (".step_00000001.removed", ".step_00000005.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    checkpoint.prune(tmp_path, keep_last=1, keep_every=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000004"]

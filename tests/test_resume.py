@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -75,7 +76,8 @@ def test_a_broken_newest_checkpoint_costs_only_its_steps(whole: Path, tmp_path: 
     assert_equal(whole, tmp_path, 10)
 
 
-def command(*arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
+def command(*arguments: str, cwd: Path | None = None, log: IO[str] | int = subprocess.PIPE) -> subprocess.Popen[str]:
+    """Starts ssl-train; a run that says more than a pipe holds, 64 KiB, needs a file as its `log`."""
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": "1",
@@ -85,7 +87,7 @@ def command(*arguments: str, cwd: Path | None = None) -> subprocess.Popen[str]:
         [sys.executable, "-m", "ssl_platform.train", str(SMOKE), *arguments],
         cwd=cwd,
         env=environment,
-        stderr=subprocess.PIPE,
+        stderr=log,
         text=True,
     )
 
