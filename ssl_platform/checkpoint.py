@@ -39,10 +39,16 @@ class TrainState:
     accumulate: int
     world_size: int
     seed: int
+    order: str = ""
+    """What, with seed and batch size, decides which samples come when: `Index.fingerprint` and the shuffle window."""
+    optimizer: str = ""
+    """The optimiser's name: another one has no use for its moments."""
     statistics: dict[str, list[float]] | None = None
     """Channel mean and std of the training shards: they belong to the weights."""
     counters: dict[str, int] = field(default_factory=dict)
-    """Skipped steps, replaced samples."""
+    """Skipped steps, replacements of bad samples, samples that a filter left out."""
+    bad_samples: list[str] = field(default_factory=list)
+    """Those replaced so far, once each."""
     versions: dict[str, str] = field(default_factory=dict)
 
 
@@ -95,6 +101,16 @@ def latest(folder: Path) -> Path | None:
         lines = "\n  ".join(reasons)
         raise CheckpointError(f"{folder}: no checkpoint can be used:\n  {lines}\nRemove the folder to start again.")
     return None
+
+
+def set_aside_newer(path: Path) -> None:
+    """Renames the checkpoints after `path`, which `latest` passed over: the run goes on below them and will meet them."""
+    for newer in checkpoints(path.parent):
+        if int(newer.name.removeprefix("step_")) > int(path.name.removeprefix("step_")):
+            aside = newer.with_name(f"damaged_{newer.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            newer.rename(aside)
+            logger.warning("%s cannot be used and is now %s", newer.name, aside.name)
 
 
 def verify(path: Path) -> None:
@@ -166,11 +182,11 @@ def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, 
     foreign = sorted({key.rpartition("/")[0] for key in tensors} - names.keys())
     if foreign:
         raise CheckpointError(f"the checkpoint's optimiser holds parameters this configuration has not: {foreign[:5]}")
+    on_device = bool(optimizer.defaults.get("fused"))  # where the fused kernel wants its step counts too
     for key, value in tensors.items():
         name, _, state = key.rpartition("/")
         parameter = names[name]
-        on = parameter.device if value.ndim else value.device
-        optimizer.state[parameter][state] = value.to(on)
+        optimizer.state[parameter][state] = value.to(parameter.device if value.ndim or on_device else value.device)
 
 
 def load_model(module: torch.nn.Module, tensors: dict[str, Tensor], source: Path) -> None:

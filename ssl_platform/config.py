@@ -85,7 +85,7 @@ def plugin_class(package: str, name: str) -> type[PluginConfig]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML with two traps of version 1.1 removed: `1e-3` is a number, and a key given twice is an error."""
+    """YAML without the traps of version 1.1: `1e-3` is a number, `010` is none, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -94,6 +94,16 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+# 1.1 reads 010 as 8, 1:30 as 90, 2024-01-01 as a date, yes as true and 0x10 as 16; here they are what they look like.
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if tag.rpartition(":")[2] not in {"int", "float", "timestamp", "bool"}]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.\d*|\.\d+)$|^[-+]?\.(inf|nan)$"), list("-+0123456789.")
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
 )
@@ -117,9 +127,19 @@ def load_config(kind: type[AnyConfig], path: Path, overrides: Sequence[str] = ()
     if not isinstance(data, dict):
         raise ConfigError([f"expected a map of keys, found {type(data).__name__}"], str(path))
     data = resolve_paths(kind, data, path.resolve().parent)
+    lines = []
     for override in overrides:
-        _override(kind, data, override)
-    return validate(kind, data, str(path), **context)
+        try:
+            _override(kind, data, override)
+        except ConfigError as error:
+            lines += error.lines
+    try:
+        config = validate(kind, data, str(path), **context)
+    except ConfigError as error:
+        raise ConfigError(lines + error.lines, str(path)) from None
+    if lines:
+        raise ConfigError(lines, str(path))
+    return config
 
 
 def validate(kind: type[AnyConfig], data: dict[str, Any], source: str = "", **context: Any) -> AnyConfig:
@@ -131,7 +151,14 @@ def validate(kind: type[AnyConfig], data: dict[str, Any], source: str = "", **co
     try:
         return kind.model_validate_json(text, context=context)
     except ValidationError as error:
-        raise ConfigError(_lines(error, kind, data), source) from None
+        lines = _lines(error, kind, data)
+        unknown = [item["loc"] for item in error.errors(include_url=False) if item["type"] == "extra_forbidden"]
+        if len(unknown) == error.error_count():  # without those keys, sections can be checked against each other
+            try:
+                kind.model_validate_json(json.dumps(_without(data, unknown)), context=context)
+            except ValidationError as other:
+                lines += _lines(other, kind, data)
+        raise ConfigError(lines, source) from None
 
 
 def to_yaml(config: Config) -> str:
@@ -162,7 +189,7 @@ def resolve_paths(kind: type[Config], data: dict[str, Any], folder: Path) -> dic
 
 def _under(folder: Path, path: str) -> str:
     """A path of the file's folder, without `..`: it is shown in logs and kept in the saved configuration."""
-    return os.path.normpath(folder / path)
+    return os.path.normpath(folder / Path(path).expanduser())
 
 
 def _override(kind: type[Config], data: dict[str, Any], override: str) -> None:
@@ -209,6 +236,18 @@ def _lines(error: ValidationError, kind: type[Config], data: Any) -> list[str]:
             message = item["msg"][0].lower() + item["msg"][1:]
             lines.append(f"{_join(loc)}: {message}, got {json.dumps(item['input'], default=str)}")
     return list(dict.fromkeys(lines))
+
+
+def _without(data: dict[str, Any], places: Sequence[tuple[str | int, ...]]) -> dict[str, Any]:
+    """A copy of the data without the keys at these places."""
+    copied: dict[str, Any] = json.loads(json.dumps(data))
+    for place in places:
+        *parents, last = [str(part) for part in place if not _is_branch(part)]
+        section = copied
+        for parent in parents:
+            section = section[parent]
+        del section[last]
+    return copied
 
 
 def _is_branch(part: str | int) -> bool:

@@ -73,6 +73,13 @@ def mean(tensor: Tensor) -> Tensor:
     return total(tensor) / world_size() if world_size() > 1 else tensor
 
 
+def mean_of_known(tensor: Tensor) -> Tensor:
+    """The mean over the processes where an element is not nan, nan if it is on all; without gradient."""
+    known = ~tensor.isnan()
+    sums, counts = total(torch.stack([tensor.nan_to_num(0.0), known.to(tensor.dtype)])).unbind()
+    return sums / counts
+
+
 def gather(tensor: Tensor) -> Tensor:
     """The processes' tensors joined along the first axis (of the same length everywhere), without gradient."""
     if world_size() == 1:
@@ -134,8 +141,6 @@ def no_sync(module: nn.Module, wanted: bool) -> AbstractContextManager[None]:
     return module.no_sync() if wanted and isinstance(module, DistributedDataParallel) else nullcontext()
 
 
-def any_rank(*flags: bool) -> list[bool]:
-    """For each flag, whether it is true on any rank: the same answer everywhere, in one collective."""
-    if world_size() == 1:
-        return list(flags)
-    return [bool(count) for count in total(torch.tensor([float(flag) for flag in flags])).tolist()]
+def any_rank(flag: bool) -> bool:
+    """Whether it is true on any rank: the same answer everywhere."""
+    return bool(total(torch.tensor(float(flag))).item())

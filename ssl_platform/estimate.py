@@ -6,11 +6,10 @@ import time
 import torch
 
 from ssl_platform import distributed
-from ssl_platform.data.index import Index
 from ssl_platform.masks import Masks
 from ssl_platform.modalities import Modality
 from ssl_platform.progress import duration
-from ssl_platform.recipe import Recipe
+from ssl_platform.recipe import Recipe, build_modality, open_index
 from ssl_platform.stages._plan import stage_plan
 from ssl_platform.step import build, train_step
 from ssl_platform.views import Batch, ViewGroup
@@ -20,8 +19,8 @@ MEASURED_STEPS = 3
 
 def estimate(recipe: Recipe, device: torch.device) -> str:
     """A short report: memory, samples seen, time. Reads the shards' index, no sample; writes nothing."""
-    index = Index.open(recipe.data.shards)
-    modality: Modality = recipe.modality.build(index.statistics)
+    index = open_index(recipe)
+    modality = build_modality(recipe, index.statistics)
     masks = {name: config.build() for name, config in recipe.masks.items()}
     parts = build(recipe, modality, len(index), device)
     size = recipe.batch_size // (recipe.accumulate * distributed.world_size())

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -48,7 +49,8 @@ class Metrics:
         """One line; `step` counts finished optimiser steps."""
         if not self.active:
             return
-        append_line(self.path, {"step": step, **values})
+        known = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no nan
+        append_line(self.path, {"step": step, **known})
         for name, value in values.items():
             if self.writer is not None:
                 self.writer.add_scalar(name, value, step)

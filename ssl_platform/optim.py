@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
-from pydantic import Discriminator, Field, Tag
+from pydantic import AfterValidator, Discriminator, Field, Tag
 from torch import Tensor, nn
 
 from ssl_platform.config import Config
@@ -24,6 +24,12 @@ class Cosine(Config):
     warmup_start: float = 0.0
     period_steps: int | None = Field(None, ge=1)
     """Where the cosine ends; None = the run's last step. Longer than the run cuts it off before its end."""
+
+    def values(self) -> dict[str, float]:
+        """The values it runs between, by key."""
+        return {"start": self.start, "end": self.end} | (
+            {"warmup_start": self.warmup_start} if self.warmup_steps else {}
+        )
 
     def build(self, steps: int) -> Schedule:
         period = self.period_steps or steps
@@ -46,6 +52,10 @@ class Linear(Config):
     end: float
     over_steps: int = Field(ge=1)
 
+    def values(self) -> dict[str, float]:
+        """The values it runs between, by key."""
+        return {"start": self.start, "end": self.end}
+
     def build(self, steps: int) -> Schedule:
         return lambda step: self.start + (self.end - self.start) * min(step / max(self.over_steps - 1, 1), 1.0)
 
@@ -56,6 +66,10 @@ class From(Config):
     schedule: Literal["from"]
     begin: int = Field(ge=0)
     value: float
+
+    def values(self) -> dict[str, float]:
+        """The values it takes, by key."""
+        return {"value": self.value} | ({"0 before begin, and": 0.0} if self.begin else {})
 
     def build(self, steps: int) -> Schedule:
         return lambda step: self.value if step >= self.begin else 0.0
@@ -80,6 +94,21 @@ ScheduleConfig = Annotated[
 """A value that may depend on the step."""
 
 
+def within(low: float, high: float = math.inf, *, open_end: bool = False) -> AfterValidator:
+    """Refuses schedules that leave [low, high], with `open_end` (low, high]."""
+
+    def check(config: Any) -> Any:
+        values = {"": float(config)} if isinstance(config, int | float) else config.values()
+        for key, value in values.items():
+            if not low <= value <= high or (open_end and value == low):
+                end = f" and at most {high:g}" if high < math.inf else ""
+                where = f"{key} " if key else ""
+                raise ValueError(f"{where}{value:g}: must be {'above' if open_end else 'at least'} {low:g}{end}")
+        return config
+
+    return AfterValidator(check)
+
+
 def build_schedule(config: float | Cosine | Linear | From, steps: int) -> Schedule:
     """A function of the step for a number or a schedule section; `steps` is the length of the run."""
     if isinstance(config, int | float):
@@ -95,11 +124,11 @@ class OptimConfig(Config):
     """How the trained parameters move."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    lr: ScheduleConfig = 1e-3
+    lr: Annotated[ScheduleConfig, within(0)] = 1e-3
     """The learning rate itself, unless `scale_lr` says otherwise."""
     scale_lr: Literal["none", "sqrt1024", "linear256"] = "none"
     """Multiplies lr by sqrt(batch_size / 1024) (DINOv2) or batch_size / 256 (DINO); the run logs what results."""
-    weight_decay: ScheduleConfig = 0.04
+    weight_decay: Annotated[ScheduleConfig, within(0)] = 0.04
     betas: tuple[float, float] = (0.9, 0.999)
     """Of AdamW; SGD takes the first as its momentum."""
     eps: float = Field(1e-8, gt=0)

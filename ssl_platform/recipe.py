@@ -3,17 +3,18 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, model_validator
 from torch import nn
 
 from ssl_platform.config import Config, ConfigError, PluginConfig, load_config, plugin
+from ssl_platform.data.index import Index
 from ssl_platform.data.shards import DataConfig
 from ssl_platform.modalities import Modality
 from ssl_platform.objectives import BuildContext
-from ssl_platform.optim import OptimConfig, ScheduleConfig, build_schedule
+from ssl_platform.optim import Cosine, OptimConfig, ScheduleConfig, build_schedule, within
 from ssl_platform.student_teacher import Role, StudentTeacher
 
 
@@ -27,7 +28,7 @@ class NetworkConfig(Config):
     of: str | None = None
     inputs: str = "global"
     """The group of views whose shape its patch embedding is made for."""
-    momentum: ScheduleConfig = 0.996
+    momentum: Annotated[ScheduleConfig, within(0, 1)] = 0.996
     """Of ema."""
     first_step: int = Field(0, ge=0)
     """Of snapshot."""
@@ -121,6 +122,19 @@ def check_sizes(recipe: Recipe, world_size: int) -> list[str]:
     return lines
 
 
+def doubtful(recipe: Recipe) -> list[str]:
+    """Settings that work but hardly do what was meant, one line each."""
+    sections: dict[str, Config] = {"optim": recipe.optim}
+    sections |= {f"networks.{name}": network for name, network in recipe.networks.items()}
+    sections |= {f"objectives.{name}": objective for name, objective in recipe.objectives.items()}
+    return [
+        f"{key}.{name}.warmup_steps: {value.warmup_steps}, so the run of {recipe.steps} steps ends inside its warm-up"
+        for key, section in sections.items()
+        for name, value in section
+        if isinstance(value, Cosine) and value.warmup_steps >= recipe.steps
+    ]
+
+
 def check_names(recipe: Recipe) -> list[str]:
     """References to networks, heads, groups, masks and objectives that do not exist, one line each."""
     lines = []
@@ -130,6 +144,8 @@ def check_names(recipe: Recipe) -> list[str]:
             lines.append(f"{where}.of: missing; update: {network.update} needs the network it follows")
         if network.of is not None and network.of not in recipe.networks:
             lines.append(f"{where}.of: '{network.of}' is no network; there are {', '.join(recipe.networks)}")
+        if network.inputs not in (groups := recipe.modality.build(None).groups):
+            lines.append(f"{where}.inputs: '{network.inputs}' is no group of views; there are {', '.join(groups)}")
         if network.of is None and network.backbone is None and network.update in ("grad", "frozen"):
             lines.append(f"{where}.backbone: missing")
     if not any(network.update == "grad" for network in recipe.networks.values()):
@@ -138,6 +154,8 @@ def check_names(recipe: Recipe) -> list[str]:
         if head.network not in recipe.networks:
             lines.append(f"heads.{name}.network: '{head.network}' is no network")
     for name, stage in recipe.stages.items():
+        if stage.objectives == []:
+            lines.append(f"stages.{name}.objectives: empty, so nothing would be trained; leave the key out for all")
         for objective in stage.objectives or ():
             if objective not in recipe.objectives:
                 lines.append(f"stages.{name}.objectives: '{objective}' is no objective")
@@ -171,20 +189,67 @@ def _check_requests(recipe: Recipe) -> list[str]:
                 for item in used
                 if item not in known
             ]
+        if not lines:
+            lines += _check_uses(recipe, name, objective)
+    return lines
+
+
+def _check_uses(recipe: Recipe, name: str, objective: Any) -> list[str]:
+    """What an objective asks of masks and heads that are there but not such as it needs."""
+    lines = []
+    masks, where = getattr(objective, "masks", None), f"objectives.{name}"
+    by_group = masks if isinstance(masks, dict) else {getattr(objective, "group", None): masks} if masks else {}
+    for group, used in by_group.items():
+        if group is not None and recipe.masks[used].group != group:
+            lines.append(f"{where}.masks: '{used}' hides tokens of '{recipe.masks[used].group}', not of '{group}'")
+        if getattr(objective, "mode", "token") == "drop" and not recipe.masks[used].same_count():
+            lines.append(
+                f"{where}.mode: drop needs masks that hide the same number of tokens in every view, which '{used}' does "
+                "not; use random masks with one ratio and probability 1"
+            )
+    head, teacher = getattr(objective, "head", None), getattr(objective, "teacher", None)
+    if isinstance(head, str) and isinstance(teacher, str):
+        owner: str = recipe.heads[head].network
+        network = recipe.networks[teacher]
+        follows = network.update == "ema" and network.of in (owner, None)  # a missing `of` has a line of its own
+        if teacher != owner and not follows:
+            lines.append(
+                f"{where}.teacher: '{teacher}' has no copy of the head '{head}', which only '{owner}' and the networks with "
+                f"update: ema, of: {owner} have"
+            )
     return lines
 
 
 # -- building ----------------------------------------------------------------------------------------------------------
 
 
+def open_index(recipe: Recipe) -> Index:
+    """The training shards."""
+    try:
+        return Index.open(recipe.data.shards)
+    except ValueError as error:
+        raise ConfigError([f"data.shards: {error}"]) from error
+
+
+def build_modality(recipe: Recipe, statistics: dict[str, list[float]] | None) -> Modality:
+    """The kind of data, with the channel statistics that it normalises by."""
+    try:
+        modality: Modality = recipe.modality.build(statistics)
+    except ValueError as error:
+        raise ConfigError([f"modality: {error}"]) from error
+    return modality
+
+
 def build_networks(configs: dict[str, NetworkConfig], seed: int, modality: Modality) -> dict[str, nn.Module]:
     """The networks as they are before the first step; the same for the same configuration and seed."""
     torch.manual_seed(seed)
-    networks: dict[str, nn.Module] = {
-        name: network.backbone.build(modality, network.inputs)
-        for name, network in configs.items()
-        if network.backbone is not None
-    }
+    networks: dict[str, nn.Module] = {}
+    for name, network in configs.items():
+        try:
+            if network.backbone is not None:
+                networks[name] = network.backbone.build(modality, network.inputs)
+        except ValueError as error:
+            raise ConfigError([f"networks.{name}.backbone: {error}"]) from error
     waiting = [name for name in configs if name not in networks]
     while waiting:
         ready = [name for name in waiting if configs[name].of in networks]
@@ -193,7 +258,32 @@ def build_networks(configs: dict[str, NetworkConfig], seed: int, modality: Modal
         for name in ready:
             networks[name] = copy.deepcopy(networks[configs[name].of])  # type: ignore[index]
             waiting.remove(name)
+    for name, network in configs.items():
+        if network.of is not None and network.update in ("ema", "snapshot"):
+            check_follower(name, network, networks[name], networks[network.of])
+            networks[name].load_state_dict(networks[network.of].state_dict())
     return {name: networks[name] for name in configs}
+
+
+def check_follower(name: str, config: NetworkConfig, follower: nn.Module, followed: nn.Module) -> None:
+    """Raises ConfigError if a network cannot follow another one, or would quietly keep statistics of noise."""
+    mine, theirs = ({key: value.shape for key, value in one.state_dict().items()} for one in (follower, followed))
+    if mine != theirs:
+        different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        raise ConfigError(
+            [
+                f"networks.{name}.backbone: update: {config.update} needs the architecture of '{config.of}', but "
+                f"{', '.join(different[:3])}{' ...' if len(different) > 3 else ''} differ; leave the backbone out"
+            ]
+        )
+    normalises = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in follower.modules())
+    if normalises and config.mode == "eval" and config.buffers == "own":
+        raise ConfigError(
+            [
+                f"networks.{name}: '{config.of}' has batch norm, whose running statistics this network would never learn; "
+                "set mode: train (it uses each batch's own, as DINO does), or buffers: copy (it takes over the student's)"
+            ]
+        )
 
 
 def build_student_teacher(recipe: Recipe, modality: Modality, num_samples: int, device: torch.device) -> StudentTeacher:

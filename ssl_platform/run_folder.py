@@ -1,8 +1,11 @@
 """What a run leaves in its folder while it trains: checkpoints, metrics and events; and how it is taken up again."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from ssl_platform import __version__, checkpoint, distributed
 from ssl_platform.config import to_yaml
@@ -26,8 +29,11 @@ def save(recipe: Recipe, parts: Parts, index: Index, step: int) -> None:
             accumulate=recipe.accumulate,
             world_size=distributed.world_size(),
             seed=recipe.seed,
-            statistics=index.statistics,
+            order=order_of(recipe, index),
+            optimizer=recipe.optim.name,
+            statistics=parts.statistics,
             counters=dict(parts.counters),
+            bad_samples=sorted(parts.bad_samples),
             versions={"ssl_platform": __version__, "torch": torch.__version__},
         )
         folder = recipe.run_dir / "checkpoints"
@@ -38,48 +44,91 @@ def save(recipe: Recipe, parts: Parts, index: Index, step: int) -> None:
     distributed.barrier()
 
 
-def resume(recipe: Recipe, parts: Parts) -> int:
-    """Loads the newest usable checkpoint of run_dir into `parts`; returns the finished steps, 0 for a fresh run."""
-    found = distributed.from_rank_zero(_newest(recipe.run_dir / "checkpoints") if distributed.rank() == 0 else None)
-    if isinstance(found, checkpoint.CheckpointError):
-        raise found
-    if found is None:
-        return 0
-    state = checkpoint.read_state(found)
-    for name in ("seed", "batch_size"):
-        before, now = getattr(state, name), getattr(recipe, name)
+class Found(NamedTuple):
+    """A checkpoint to go on from."""
+
+    path: Path
+    state: checkpoint.TrainState
+
+
+def find(recipe: Recipe, index: Index) -> Found | None:
+    """The newest usable checkpoint of run_dir, None for a fresh run; the same on every rank.
+
+    Raises CheckpointError if there are some but none can be used, or if the run would not be the same run.
+    """
+    path = distributed.from_rank_zero(_newest(recipe.run_dir / "checkpoints") if distributed.rank() == 0 else None)
+    if isinstance(path, checkpoint.CheckpointError):
+        raise path
+    if path is None:
+        return None
+    state = checkpoint.read_state(path)
+    for name, key, before, now in (
+        ("seed", "seed", state.seed, recipe.seed),
+        ("batch_size", "batch_size", state.batch_size, recipe.batch_size),
+        ("optim.name", "optim.name", state.optimizer, recipe.optim.name),
+        (
+            "the order of the data",
+            "data.shards and data.window_shards as they were",
+            state.order,
+            order_of(recipe, index),
+        ),
+    ):
         if before != now:
             raise checkpoint.CheckpointError(
-                f"{found}: {name} was {before} and is now {now}, which would repeat or leave out samples. "
-                f"Set {name}={before}, or start another run_dir."
+                f"{path}: {name} was {before} and is now {now}, which would be another run: samples repeated or left "
+                f"out, or moments lost. Set {key}{f'={before}' if key == name else ''}, or start another run_dir."
             )
-    checkpoint.load_model(parts.student_teacher, checkpoint.read_tensors(found, "model"), found)
-    checkpoint.load_optimizer_tensors(parts.optimizer, checkpoint.read_tensors(found, "optimizer"))
+    if state.step > recipe.steps:
+        raise checkpoint.CheckpointError(
+            f"{path}: {state.step} steps are done, more than steps={recipe.steps}; set steps to at least {state.step}, "
+            "or start another run_dir."
+        )
+    return Found(path, state)
+
+
+def order_of(recipe: Recipe, index: Index) -> str:
+    """What, with seed and batch size, decides which samples come when."""
+    return f"{index.fingerprint} window {recipe.data.window_shards}"
+
+
+def resume(found: Found | None, parts: Parts) -> int:
+    """Loads a checkpoint into `parts`; returns the finished steps, 0 for a fresh run."""
+    if found is None:
+        return 0
+    path, state = found
+    checkpoint.load_model(parts.student_teacher, checkpoint.read_tensors(path, "model"), path)
+    checkpoint.load_optimizer_tensors(parts.optimizer, checkpoint.read_tensors(path, "optimizer"))
     parts.counters.update(state.counters)
+    parts.bad_samples.update(state.bad_samples)
     if state.world_size != distributed.world_size():
         logger.info(
             "saved by %d ranks, going on with %d: equal up to rounding", state.world_size, distributed.world_size()
         )
-    logger.info("resuming %s after step %d", found, state.step)
+    logger.info("resuming %s after step %d", path, state.step)
     return state.step
 
 
 def _newest(folder: Path) -> Path | checkpoint.CheckpointError | None:
     try:
-        return checkpoint.latest(folder)
+        path = checkpoint.latest(folder)
     except checkpoint.CheckpointError as error:
         return error
+    if path is not None:
+        checkpoint.set_aside_newer(path)
+    return path
 
 
 def keep_count(recipe: Recipe, parts: Parts, result: StepResult, step: int) -> None:
     """Counts and records skipped steps and replaced samples of all ranks; stops the run when they are too many."""
-    if not distributed.any_rank(bool(result.skipped or result.replaced))[0]:
+    parts.counters["filtered_samples"] += result.filtered
+    if not distributed.any_rank(bool(result.skipped or result.replaced)):
         return
     reports = distributed.gather_objects((result.keys, result.replaced))
     replaced = [line for _, lines in reports for line in lines]
     keys = {rank: keys for rank, (keys, _) in enumerate(reports) if keys}
     parts.counters["skipped_steps"] += result.skipped
     parts.counters["replaced_samples"] += len(replaced)
+    parts.bad_samples.update(replaced)
     if distributed.rank() == 0:
         events = recipe.run_dir / "events.jsonl"
         if result.skipped:
@@ -94,21 +143,20 @@ def keep_count(recipe: Recipe, parts: Parts, result: StepResult, step: int) -> N
             f"{recipe.max_skipped_steps}; see {recipe.run_dir / 'events.jsonl'}. Try a lower optim.lr, a longer "
             "warm-up or precision=fp32, and look at the samples whose keys are listed there."
         )
-    if parts.counters["replaced_samples"] > recipe.data.max_bad_samples:
+    if len(parts.bad_samples) > recipe.data.max_bad_samples:
         raise TrainingStopped(
-            f"step {step}: {parts.counters['replaced_samples']} samples could not be used, more than "
+            f"step {step}: {len(parts.bad_samples)} samples could not be used, more than "
             f"data.max_bad_samples={recipe.data.max_bad_samples}; see {recipe.run_dir / 'events.jsonl'}"
         )
 
 
 def report(metrics: Metrics, recipe: Recipe, parts: Parts, result: StepResult, clock: Clock, step: int) -> None:
     """One line of metrics: the values of this step, averaged over ranks, and the speed since the last line."""
-    names = [*result.terms, *result.metrics]
-    values = torch.stack(
-        [result.loss, *(v.to(result.loss.device).float() for v in [*result.terms.values(), *result.metrics.values()])]
-    )
-    loss, *rest = distributed.mean(values).tolist()
-    line: dict[str, float | int] = {"loss": loss, **dict(zip(names, rest, strict=True))}
+    loss, *terms = distributed.mean(_stacked([result.loss, *result.terms.values()], result.loss.device)).tolist()
+    line: dict[str, float | int] = {"loss": loss, **dict(zip(result.terms, terms, strict=True))}
+    if result.metrics:
+        known = distributed.mean_of_known(_stacked(result.metrics.values(), result.loss.device)).tolist()
+        line |= zip(result.metrics, known, strict=True)
     line["lr"] = parts.lr(step - 1)
     line["weight_decay"] = parts.weight_decay(step - 1)
     line |= {f"grad_norm_{name}": norm.item() for name, norm in result.grad_norms.items()}
@@ -120,3 +168,7 @@ def report(metrics: Metrics, recipe: Recipe, parts: Parts, result: StepResult, c
         step, recipe.steps, loss, "  ".join(f"{name} {line[name]:.3f}" for name in result.terms), line["lr"],
         line["samples_per_second"], 100 * line["data_wait_share"], duration(remaining),
     )  # fmt: skip
+
+
+def _stacked(values: Iterable[Tensor], device: torch.device) -> Tensor:
+    return torch.stack([value.to(device).float() for value in values])

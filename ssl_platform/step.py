@@ -12,6 +12,8 @@ from ssl_platform.recipe import Recipe, build_student_teacher
 from ssl_platform.student_teacher import StudentTeacher
 from ssl_platform.views import Batch
 
+COUNTERS = ("skipped_steps", "replaced_samples", "filtered_samples")
+
 
 @dataclass
 class Parts:
@@ -29,11 +31,21 @@ class Parts:
     accumulate: int
     seed: int
     device: torch.device
-    counters: dict[str, int] = field(default_factory=lambda: {"skipped_steps": 0, "replaced_samples": 0})
+    statistics: dict[str, list[float]] | None = None
+    """Channel mean and std that the run began with: they belong to the weights."""
+    counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
+    bad_samples: set[str] = field(default_factory=set)
+    """Each sample that was replaced, with its reason."""
 
 
-def build(recipe: Recipe, modality: Modality, num_samples: int, device: torch.device) -> Parts:
-    """Everything that has state, as it is before the first step."""
+def build(
+    recipe: Recipe,
+    modality: Modality,
+    num_samples: int,
+    device: torch.device,
+    statistics: dict[str, list[float]] | None = None,
+) -> Parts:
+    """Everything that has state, as it is before the first step; `statistics` are what `modality` was built with."""
     student_teacher = build_student_teacher(recipe, modality, num_samples, device)
     settings = recipe.optim
     factor, lr = settings.lr_factor(recipe.batch_size), optim.build_schedule(settings.lr, recipe.steps)
@@ -54,12 +66,13 @@ def build(recipe: Recipe, modality: Modality, num_samples: int, device: torch.de
         accumulate=recipe.accumulate,
         seed=recipe.seed,
         device=device,
+        statistics=statistics,
     )
 
 
 @dataclass
 class StepResult:
-    """What one optimiser step did; tensors are still this rank's own."""
+    """What one optimiser step did; tensors and lists are still this rank's own."""
 
     loss: Tensor
     terms: dict[str, Tensor]
@@ -67,8 +80,9 @@ class StepResult:
     grad_norms: dict[str, Tensor]
     keys: list[str]
     replaced: list[str]
+    filtered: int
+    """Of all ranks, as are `skipped` and `stopping`, whether a signal asked any of them to stop."""
     skipped: bool
-    """The same on every rank, as is `stopping`: whether a signal asked any of them to stop."""
     stopping: bool = False
 
 
@@ -86,7 +100,7 @@ def train_step(
         weight_decay=parts.weight_decay(step),
         freeze_last_layer=step < parts.freeze_last_layer_steps,
     )
-    outputs, keys, replaced = [], [], []
+    outputs, keys, replaced, filtered = [], [], [], 0
     for micro_step in range(parts.accumulate):
         batch = next(batches).to(parts.device)
         torch.manual_seed(model_seed(parts.seed, step, micro_step, distributed.rank()))
@@ -96,17 +110,22 @@ def train_step(
         outputs.append(output)
         keys += batch.keys
         replaced += batch.replaced
+        filtered += batch.filtered
     grad_norms = optim.clip_gradients(parts.trained, parts.clip_grad)
     loss = torch.stack([output.loss.detach() for output in outputs]).mean()
     finite = torch.isfinite(torch.stack([loss, *(norm.to(loss.device) for norm in grad_norms.values())])).all()
-    skipped, stopping = distributed.any_rank(not finite.item(), bool(stop))
+    mine = torch.tensor([not finite.item(), bool(stop), filtered], dtype=torch.float64)
+    skipped, stopping, filtered = map(int, distributed.total(mine).tolist())  # one collective for all three
     if not skipped:
         parts.optimizer.step()
         parts.student_teacher.update(step)
         parts.student_teacher.commit(step, [output.pending for output in outputs])
     parts.optimizer.zero_grad()
-    terms, step_metrics = (_mean([getattr(output, name) for output in outputs]) for name in ("terms", "metrics"))
-    return StepResult(loss, terms, step_metrics, grad_norms, keys if not finite else [], replaced, skipped, stopping)
+    terms, step_metrics = _mean([o.terms for o in outputs]), _mean([o.metrics for o in outputs], skip_nan=True)
+    bad_keys = keys if not finite else []
+    return StepResult(
+        loss, terms, step_metrics, grad_norms, bad_keys, replaced, filtered, bool(skipped), bool(stopping)
+    )
 
 
 def model_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
@@ -117,6 +136,7 @@ def model_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     return mixed
 
 
-def _mean(items: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+def _mean(items: Sequence[dict[str, Tensor]], skip_nan: bool = False) -> dict[str, Tensor]:
     names = dict.fromkeys(name for item in items for name in item)
-    return {name: torch.stack([item[name] for item in items if name in item]).mean() for name in names}
+    mean = torch.nanmean if skip_nan else torch.mean
+    return {name: mean(torch.stack([item[name] for item in items if name in item])) for name in names}

@@ -15,12 +15,13 @@ from torch import Tensor
 from ssl_platform import checkpoint, distributed, run_lock
 from ssl_platform.config import ConfigError, to_yaml
 from ssl_platform.data.index import Index
+from ssl_platform.data.reading import BadSampleError
 from ssl_platform.data.shards import train_batches
 from ssl_platform.log import Metrics, cut_back, logger, set_up_logging
 from ssl_platform.modalities import Modality
 from ssl_platform.progress import Clock, StopFlag
-from ssl_platform.recipe import Recipe, load_recipe
-from ssl_platform.run_folder import TrainingStopped, keep_count, report, resume, save
+from ssl_platform.recipe import Recipe, build_modality, doubtful, load_recipe, open_index
+from ssl_platform.run_folder import TrainingStopped, find, keep_count, report, resume, save
 from ssl_platform.stages import StageContext
 from ssl_platform.stages._plan import Stage, begin_stage, stage_plan
 from ssl_platform.step import Parts, build, train_step
@@ -54,7 +55,7 @@ keys: docs/configuration.md""",
     parser.add_argument(
         "--estimate", action="store_true", help="measure a few steps, print memory, samples seen and time"
     )
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     set_up_logging()
     try:
         recipe = load_recipe(arguments.config, arguments.overrides, distributed.environment_world_size())
@@ -63,11 +64,14 @@ keys: docs/configuration.md""",
         if arguments.estimate:
             from ssl_platform.estimate import estimate
 
-            sys.stdout.write(estimate(recipe, device))
+            text = estimate(recipe, device)
+            sys.stdout.write(text if distributed.rank() == 0 else "")
             return 0
         with run_lock.locked(recipe.run_dir):
             train(recipe, device)
-    except (ConfigError, checkpoint.CheckpointError, run_lock.RunLocked, TrainingStopped, OSError) as error:
+    except (
+        ConfigError, checkpoint.CheckpointError, run_lock.RunLocked, TrainingStopped, BadSampleError, OSError
+    ) as error:  # fmt: skip
         logger.error("%s", error)
         return 1
     finally:
@@ -80,13 +84,12 @@ keys: docs/configuration.md""",
 
 def train(recipe: Recipe, device: torch.device) -> None:
     """Trains from the newest checkpoint, or from the start, to the last step."""
-    try:
-        index = Index.open(recipe.data.shards)
-    except ValueError as error:
-        raise ConfigError([f"data.shards: {error}"]) from error
-    modality: Modality = recipe.modality.build(index.statistics)
-    parts = build(recipe, modality, len(index), device)
-    step = resume(recipe, parts)
+    index = open_index(recipe)
+    found = find(recipe, index)
+    statistics = found.state.statistics if found else index.statistics
+    modality = build_modality(recipe, statistics)
+    parts = build(recipe, modality, len(index), device, statistics)
+    step = resume(found, parts)
     if distributed.rank() == 0:
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
         (recipe.run_dir / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
@@ -100,6 +103,8 @@ def train(recipe: Recipe, device: torch.device) -> None:
         max(parts.lr(s) for s in range(0, recipe.steps, max(recipe.steps // 1000, 1))),
         distributed.world_size(), device,
     )  # fmt: skip
+    for line in doubtful(recipe):
+        logger.warning("%s", line)
     if step == recipe.steps:
         logger.info("%s: all %d steps are done", recipe.run_dir, step)
     for stage in stage_plan(recipe):

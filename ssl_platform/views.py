@@ -52,6 +52,8 @@ class Batch:
     """The optimiser step, counted from 0, that this batch belongs to."""
     replaced: list[str] = field(default_factory=list)
     """One line for each unreadable sample that a substitute stands in for: shard, key, reason."""
+    filtered: int = 0
+    """How many samples the modality's own filter left out, likewise with substitutes."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch with every tensor of its groups on `device`."""

@@ -113,7 +113,7 @@ def test_masks_are_used_or_refused(backbone: Any) -> None:
     masks[:, 1, :, : count // 2] = True
     item = Input(views(1, 2, 64), masks)
     if not hasattr(backbone, "mask_token"):
-        with pytest.raises(ValueError, match="masked modelling needs the backbone 'vit'"):
+        with pytest.raises(ConfigError, match="need the backbone 'vit'"):
             backbone([item])
         return
     nn.init.normal_(backbone.mask_token)
@@ -155,10 +155,10 @@ def test_what_timm_models_cannot_do_is_said(modality: Any) -> None:
     with pytest.raises(ValueError, match=r"backbone 'resnet18': timm refuses the arguments {'wings': 2}"):
         TimmConfig(model="resnet18", kwargs={"wings": 2}).build(modality)
     backbone = TimmConfig(model="resnet18").build(modality)
-    with pytest.raises(ValueError, match="layers and arch need the backbone 'vit'"):
+    with pytest.raises(ConfigError, match="layers and arch need the backbone 'vit'"):
         backbone([Input(views(1, 2, 64), layers=(1,))])
     mixer = TimmConfig(model="mixer_s32_224").build(modality)
-    with pytest.raises(ValueError, match=r"timm's mixer_s32_224 does not take views of size \(32, 32\): Input height"):
+    with pytest.raises(ConfigError, match=r"timm's mixer_s32_224 does not take views of size \(32, 32\): Input height"):
         mixer([Input(views(1, 2, 32))])
     modality.groups["global"] = GroupSpec(2, (1, 16000), (100,))
     with pytest.raises(ValueError, match=r"timm models take images \(C, H, W\), but views of 'global' have shape"):

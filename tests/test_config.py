@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from ssl_platform.config import ConfigError, load_config, plugin_class, plugin_names, to_yaml, validate
-from ssl_platform.recipe import Recipe, load_recipe
+from ssl_platform.recipe import Recipe, doubtful, load_recipe
 from tests import engine
 
 
@@ -80,12 +80,53 @@ def test_every_error_at_once_with_the_nearest_key(tmp_path: Path) -> None:
             {"objectives": {"dino": engine.DINO | {"masks": {"global": "tube"}}}},
             "objectives.dino.masks: 'tube' does not exist; there are: block",
         ),
+        (
+            {
+                "networks": {"student": {"backbone": engine.VIT, "inputs": "globl"}},
+                "objectives": {"koleo": engine.KOLEO},
+            },
+            "networks.student.inputs: 'globl' is no group of views; there are global, local",
+        ),
+        (
+            {"networks": {"student": {"backbone": engine.VIT}, "teacher": {"of": "student", "update": "frozen"}}}
+            | {"objectives": {"dino": engine.DINO}},
+            "objectives.dino.teacher: 'teacher' has no copy of the head 'dino', which only 'student' and",
+        ),
+        (
+            {"objectives": {"dino": engine.DINO | {"masks": {"local": "block"}}}},
+            "objectives.dino.masks: 'block' hides tokens of 'global', not of 'local'",
+        ),
+        (
+            {"objectives": {"dino": engine.DINO | {"mode": "drop"}}},
+            "objectives.dino.mode: drop needs masks that hide the same number of tokens in every view, which 'block'",
+        ),
+        ({"optim": {"lr": -1.0}}, "optim.lr: -1: must be at least 0"),
+        (
+            {"objectives": {"dino": engine.DINO | {"teacher_temp": 0.0}}},
+            "objectives.dino.teacher_temp: 0: must be above 0",
+        ),
+        (
+            {"optim": {"lr": {"schedule": "linear", "start": 1.0, "end": -0.5, "over_steps": 5}}},
+            "optim.lr: end -0.5: must be at least 0",
+        ),
+        (
+            {"stages": {"a": {"steps": 10, "objectives": []}}},
+            "stages.a.objectives: empty, so nothing would be trained; leave the key out for all",
+        ),
     ],
 )
 def test_impossible_combinations_are_one_readable_line(changes: dict[str, Any], expected: str, tmp_path: Path) -> None:
     lines = lines_of(write(tmp_path, engine.settings(**changes)))
     assert len(lines) == 1 and "\n" not in lines[0], lines
     assert lines[0].startswith(expected)
+
+
+def test_a_warm_up_as_long_as_the_run_is_doubtful() -> None:
+    lr = {"schedule": "cosine", "start": 1.0, "end": 0.0, "warmup_steps": 10}
+    assert doubtful(engine.recipe(optim={"lr": lr})) == [
+        "optim.lr.warmup_steps: 10, so the run of 10 steps ends inside its warm-up"
+    ]
+    assert not doubtful(engine.recipe(optim={"lr": lr | {"warmup_steps": 9}}))
 
 
 def test_batch_smaller_than_ranks(tmp_path: Path) -> None:
@@ -102,7 +143,25 @@ def test_overrides(tmp_path: Path) -> None:
     assert load_recipe(path, ["networks.teacher.momentum=0.5"]).networks["teacher"].momentum == 0.5
     assert lines_of(path, "optim.lrr=1") == ["optim.lrr: unknown key; did you mean 'lr'?"]
     assert lines_of(path, "optim") == ["override 'optim': expected key=value, for example optim.lr=1e-3"]
+    assert lines_of(path, "foo", "bar", "optim.lrr=1", "batch_size=6", "accumulate=4") == [
+        "override 'foo': expected key=value, for example optim.lr=1e-3",
+        "override 'bar': expected key=value, for example optim.lr=1e-3",
+        "optim.lrr: unknown key; did you mean 'lr'?",
+        "batch_size: 6 cannot be split over 1 ranks x accumulate 4; use a multiple of 4",
+    ]
     assert lines_of(path, "steps.more=1") == ["override 'steps.more=1': 'steps' holds a value, not a section"]
+
+
+def test_values_are_what_they_look_like(tmp_path: Path) -> None:
+    """YAML 1.1 reads 010 as 8, 1:30 as 90, 2024-01-01 as a date and off as false."""
+    path = write(tmp_path, engine.settings())
+    assert lines_of(path, "steps=010") == ['steps: input should be a valid integer, got "010"']
+    assert lines_of(path, "steps=1:30") == ['steps: input should be a valid integer, got "1:30"']
+    assert lines_of(path, "tensorboard=off") == ['tensorboard: input should be a valid boolean, got "off"']
+    assert load_recipe(path, ["run_dir=2024-01-01"]).run_dir.name == "2024-01-01"
+    assert load_recipe(path, ["run_dir=~/runs"]).run_dir == Path.home() / "runs"
+    changed = load_recipe(path, ["steps=1_000", "optim.lr=.5", "optim.eps=1.0e-6", "seed=0", "tensorboard=false"])
+    assert (changed.steps, changed.optim.lr, changed.optim.eps, changed.tensorboard) == (1000, 0.5, 1e-6, False)
 
 
 def test_paths_are_relative_to_the_file_and_overrides_to_the_working_directory(

@@ -39,7 +39,10 @@ def recipe_of(backbone: dict[str, Any], **changes: Any) -> Recipe:
         "seed": 3,
         "modality": modality,
         "data": {"shards": "unused"},
-        "networks": {"student": {"backbone": backbone}, "teacher": {"update": "ema", "of": "student"}},
+        "networks": {
+            "student": {"backbone": backbone},
+            "teacher": {"update": "ema", "of": "student", "buffers": "copy"},
+        },
         "objectives": {},
     }
     return validate(Recipe, data | changes)

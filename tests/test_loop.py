@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import pytest
 import torch
 
 from ssl_platform import distributed
+from ssl_platform.log import Metrics
 from ssl_platform.objectives._targets import Centering, Sinkhorn
 from ssl_platform.objectives.koleo import koleo
-from ssl_platform.run_folder import TrainingStopped, keep_count
+from ssl_platform.progress import Clock
+from ssl_platform.run_folder import TrainingStopped, keep_count, report
 from ssl_platform.step import StepResult, model_seed, train_step
 from tests import engine
 from tests.ranks import run_ranks
@@ -137,6 +140,28 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: str, monkeypatch: pytest
     assert not train_step(parts, iter([engine.batch(2)]), 2, ALL).skipped, "the next step goes on"
 
 
+def metrics_with_masks_on_one_rank_only(folder: str) -> dict[str, float | None]:
+    parts, recipe = engine.parts(), engine.recipe(run_dir=folder, tensorboard=False)
+    parts.module = distributed.wrap(parts.student_teacher, torch.device("cpu"))
+    batch = engine.batch(masked=0.5 * distributed.rank())
+    result = train_step(parts, iter([batch]), 0, ALL)
+    report(Metrics(Path(folder), 0, tensorboard=False), recipe, parts, result, Clock(4), 1)
+    distributed.barrier()
+    line: dict[str, float | None] = json.loads((Path(folder) / "metrics.jsonl").read_text())
+    return line | {"mine": result.metrics["ibot_kl"].item()}
+
+
+def test_a_rank_without_masked_tokens_reports_with_the_others(tmp_path: Path) -> None:
+    zero, one = run_ranks(2, metrics_with_masks_on_one_rank_only, str(tmp_path))
+    assert math.isnan(zero["mine"]) and zero["ibot_kl"] == pytest.approx(one["mine"]) and zero["dino_kl"] is not None
+
+
+def test_metrics_are_json_even_where_a_loss_is_not_finite(tmp_path: Path) -> None:
+    Metrics(tmp_path, 0, tensorboard=False).write(1, {"loss": math.nan, "lr": math.inf, "dino": 2.0})
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"step": 1, "loss": None, "lr": None, "dino": 2.0}
+
+
 def bad_on_rank_one() -> tuple[bool, bool, list[str]]:
     parts = engine.parts()
     parts.module = distributed.wrap(parts.student_teacher, torch.device("cpu"))
@@ -158,7 +183,7 @@ def test_ranks_skip_together() -> None:
 def test_skipped_steps_are_counted_recorded_and_limited(tmp_path: Path) -> None:
     parts, recipe = engine.parts(), engine.recipe(run_dir=str(tmp_path), max_skipped_steps=1)
     zero = torch.zeros(())
-    result = StepResult(zero, {}, {}, {}, keys=["a", "b"], replaced=[], skipped=True)
+    result = StepResult(zero, {}, {}, {}, keys=["a", "b"], replaced=[], filtered=0, skipped=True)
     keep_count(recipe, parts, result, 5)
     assert parts.counters["skipped_steps"] == 1
     assert json.loads((tmp_path / "events.jsonl").read_text()) == {
@@ -173,13 +198,17 @@ def test_skipped_steps_are_counted_recorded_and_limited(tmp_path: Path) -> None:
 def test_replaced_samples_are_counted_recorded_and_limited(tmp_path: Path) -> None:
     parts = engine.parts()
     recipe = engine.recipe(run_dir=str(tmp_path), data={"shards": "unused", "max_bad_samples": 2})
-    result = StepResult(
-        torch.zeros(()), {}, {}, {}, keys=[], replaced=["0.tar: x: broken", "0.tar: y: broken"], skipped=False
-    )
-    keep_count(recipe, parts, result, 1)
+
+    def result(*replaced: str) -> StepResult:
+        zero = torch.zeros(())
+        return StepResult(zero, {}, {}, {}, keys=[], replaced=list(replaced), filtered=3, skipped=False)
+
+    keep_count(recipe, parts, result("0.tar: x: broken", "0.tar: y: broken"), 1)
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 2
-    with pytest.raises(TrainingStopped, match="4 samples could not be used, more than data.max_bad_samples=2"):
-        keep_count(recipe, parts, result, 2)
+    keep_count(recipe, parts, result("0.tar: x: broken"), 2)  # the same one, an epoch later
+    assert parts.counters == {"skipped_steps": 0, "replaced_samples": 3, "filtered_samples": 6}
+    with pytest.raises(TrainingStopped, match="3 samples could not be used, more than data.max_bad_samples=2"):
+        keep_count(recipe, parts, result("0.tar: z: broken"), 3)
 
 
 def test_seeds_of_forward_passes_differ_and_repeat() -> None:

@@ -160,6 +160,9 @@ def test_finished_run_started_again_changes_nothing(whole: Path) -> None:
     [
         ("batch_size=8", "batch_size was 16 and is now 8"),
         ("seed=3", "seed was 0 and is now 3"),
+        ("optim.name=sgd", "optim.name was adamw and is now sgd"),
+        ("data.window_shards=1", "Set data.shards and data.window_shards as they were, or start another run_dir"),
+        ("steps=9", "10 steps are done, more than steps=9"),
         ("heads.dino.num_prototypes=65", "was written by another configuration: heads.dino"),
     ],
 )
@@ -169,6 +172,65 @@ def test_resuming_with_another_configuration_is_refused(
     overrides = [f"run_dir={whole}", "steps=20", "save_every=5", "batch_size=16", override]
     assert main([str(SMOKE), *overrides]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["modality.channels=5"], "modality: the shards' statistics have 3 channels"),
+        (["modality.context={size: 64}"], "the tile has 32 x 32 pixels, context.size needs 64 x 64"),
+        (["data.shards=/none", "--estimate"], "data.shards: /none: no such file or folder"),
+        (["modality.crops.global.num=1", "objectives.dino.student_groups=[global]"], "no pair of views is left"),
+        (
+            ["networks.teacher.backbone={name: vit, embed_dim: 32, depth: 3, num_heads: 2}"],
+            "networks.teacher.backbone: update: ema needs the architecture of 'student', but",
+        ),
+        (
+            ["networks.student.backbone={name: timm_models, model: resnet10t}"],
+            "networks.teacher: 'student' has batch norm, whose running statistics this network would never learn",
+        ),
+        (
+            ["networks.student.backbone={name: timm_models, model: vit_tiny_patch16_224}"],
+            "timm models have no mask token: ibot, and masks of dino and koleo, need the backbone 'vit'",
+        ),
+    ],
+)
+def test_what_only_shows_while_it_is_built_or_run_is_an_error_in_words(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(SMOKE), f"run_dir={tmp_path}", "tensorboard=false", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error, error
+
+
+def test_a_teacher_with_its_own_equal_backbone_starts_as_a_copy(tmp_path: Path) -> None:
+    backbone = "{name: vit, embed_dim: 32, depth: 2, num_heads: 2, drop_path: 0.1, layer_scale: null}"
+    changes = [f"networks.teacher.backbone={backbone}", "steps=1", "save_every=1", "tensorboard=false", "optim.lr=0.0"]
+    assert main([str(SMOKE), f"run_dir={tmp_path}", *changes]) == 0
+    saved = load_file(tmp_path / "checkpoints/step_00000001/model.safetensors")
+    student = {key: value for key, value in saved.items() if key.startswith("networks.student.")}
+    assert student
+    for key, value in student.items():
+        assert torch.equal(value, saved[key.replace("student", "teacher")]), key
+
+
+def test_checkpoints_after_the_one_that_was_gone_back_to_do_not_count(whole: Path, tmp_path: Path) -> None:
+    """They would be the last ones kept, and pruning would take every usable one."""
+    run(tmp_path, 10, "batch_size=16", "keep_last=1", "keep_every=5")
+    (tmp_path / "checkpoints/step_00000010/model.safetensors").write_bytes(b"cut off")
+    run(tmp_path, 10, "batch_size=16", "keep_last=1", "save_every=1")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [
+        "damaged_step_00000010",
+        "step_00000010",
+    ]
+    assert_equal(whole, tmp_path, 10)
+
+
+def test_tiles_without_tissue_are_passed_over_and_are_no_bad_samples(tmp_path: Path) -> None:
+    overrides = ["modality.min_tissue=0.9", "steps=20", "log_every=20", "data.max_bad_samples=0", "tensorboard=false"]
+    assert main([str(SMOKE), f"run_dir={tmp_path}", *overrides]) == 0
+    (line,) = lines(tmp_path)
+    assert line["filtered_samples"] > 20 and line["replaced_samples"] == 0
 
 
 def test_errors_of_users_are_one_line_each_and_exit_1(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -50,6 +50,27 @@ def unequal_counts(rows: list[list[float]], split: int) -> list[list[float]]:
     return [Sinkhorn(3)(mine, 0.05).tolist(), center.center.tolist()]
 
 
+def log_domain_sinkhorn(logits: np.ndarray, temperature: float, iterations: int) -> np.ndarray:
+    """Sinkhorn-Knopp with logarithms, in which nothing can underflow."""
+    logs = logits.astype(np.float64) / temperature
+    for _ in range(iterations):
+        logs = logs - np.logaddexp.reduce(logs, axis=0, keepdims=True) - np.log(logs.shape[1])
+        logs = logs - np.logaddexp.reduce(logs, axis=1, keepdims=True)
+    found: np.ndarray = np.exp(logs)
+    return found
+
+
+def test_sinkhorn_keeps_rows_that_lie_far_below_all_others() -> None:
+    logits = np.array([[4.0, 0, 0], [0, 4, 0], [0, 0, 4], [-1, -1, -1]])
+    found = Sinkhorn(3)(torch.from_numpy(logits).float(), 0.04)
+    np.testing.assert_allclose(found.sum(1).numpy(), 1, rtol=1e-5)
+    np.testing.assert_allclose(found.numpy(), log_domain_sinkhorn(logits, 0.04, 3), atol=1e-5)
+    rng = np.random.default_rng(0)
+    spread = rng.uniform(-1.5, 1.5, size=(7, 5)) * rng.choice([0.1, 0.5, 1], size=(7, 1))
+    found = Sinkhorn(3)(torch.from_numpy(spread).float(), 0.04)
+    np.testing.assert_allclose(found.numpy(), log_domain_sinkhorn(spread, 0.04, 3), atol=1e-5)
+
+
 @pytest.mark.parametrize("split", [3, 5])
 def test_two_ranks_with_unequal_rows_equal_the_joined_batch(split: int) -> None:
     """Masked-token counts differ between ranks; split 5 leaves rank 1 with no row, which DINOv2's centre cannot take."""

@@ -10,7 +10,7 @@ from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from ssl_platform.backbones import Features, Input
-from ssl_platform.config import PluginConfig
+from ssl_platform.config import ConfigError, PluginConfig
 from ssl_platform.modalities import Modality
 
 
@@ -84,7 +84,7 @@ class TimmBackbone(nn.Module):
         self.num_layers = max(self._layers.values())
 
     def forward(self, inputs: Sequence[Input]) -> list[Features]:
-        """One entry for each input, in order; raises ValueError for what timm models cannot do."""
+        """One entry for each input, in order; raises ConfigError for what timm models cannot do."""
         return [self._forward(item) for item in inputs]
 
     def layer_of(self, parameter: str) -> int:
@@ -93,15 +93,17 @@ class TimmBackbone(nn.Module):
 
     def _forward(self, item: Input) -> Features:
         if item.masks is not None:
-            raise ValueError("timm models have no mask token: masked modelling needs the backbone 'vit'")
+            raise ConfigError(
+                ["timm models have no mask token: ibot, and masks of dino and koleo, need the backbone 'vit'"]
+            )
         if item.layers or item.arch is not None:
-            raise ValueError("timm models give only their last features: layers and arch need the backbone 'vit'")
+            raise ConfigError(["timm models give only their last features: layers and arch need the backbone 'vit'"])
         num_views, batch = item.views.shape[:2]
         try:
             found = self.model.forward_features(item.views.flatten(0, 1))
         except AssertionError as error:  # how timm refuses a size
             name, size = self.model.pretrained_cfg["architecture"], tuple(item.views.shape[3:])
-            raise ValueError(f"timm's {name} does not take views of size {size}: {error}") from error
+            raise ConfigError([f"timm's {name} does not take views of size {size}: {error}"]) from error
         cls: Tensor = self.model.forward_head(found, pre_logits=True)
         patches = self._patches(found, cls)
         return Features(

@@ -1,5 +1,6 @@
 """Where every sample lies: the byte ranges, labels and groups of the samples of tar shards, memory-mapped."""
 
+import hashlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Sequence
@@ -84,6 +85,12 @@ class Index:
     def shard_counts(self) -> list[int]:
         """The number of samples of each shard."""
         return [int(stop - first) for first, stop in self.shard_ranges]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for the same shards, by name and number of samples, wherever they lie."""
+        named = [(shard.name, count) for shard, count in zip(self.shards, self.shard_counts, strict=True)]
+        return hashlib.blake2b(repr(named).encode(), digest_size=8).hexdigest()
 
     @cached_property
     def shard_of(self) -> NDArray[np.int64]:

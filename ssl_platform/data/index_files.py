@@ -33,11 +33,15 @@ def open_folder(folder: Path, names: Sequence[str] | None) -> tuple[dict[str, An
         about, rows = index_folder(folder, names or [])
     else:
         rows = _read_rows(folder, about)
-        unknown = {*(names or [])} - {shard["name"] for shard in about["shards"]}
+        unknown = {*(names or [])} - _shard_names(about)
         if unknown and not about["scanned"]:
             raise ValueError(f"{folder / min(unknown)}: not in the index.json beside it; move it to its own folder")
-        if unknown:
-            about, rows = index_folder(folder, sorted(unknown), known=_as_scans(about, rows))
+        changed = _changed(folder, about, names or []) if about["scanned"] else set()
+        if unknown or changed:
+            known = {name: scan for name, scan in _as_scans(about, rows).items() if name not in changed}
+            about, rows = index_folder(folder, sorted(unknown | changed), known=known)
+        if not about["scanned"] and (more := {tar.name for tar in folder.glob("*.tar")} - _shard_names(about)):
+            logger.warning("%s: %s not in its index.json and not read", folder, ", ".join(sorted(more)[:5]))
     places = {shard["name"]: place for place, shard in enumerate(about["shards"])}
     wanted = sorted(places[name] for name in (places if names is None else names))
     for place in wanted:
@@ -99,7 +103,7 @@ def describe(
         "label_names": label_names,
         "group_names": group_names,
         "shards": [
-            {"name": name, "bytes": scan.size, "samples": size}
+            {"name": name, "bytes": scan.size, "samples": size} | ({"modified": scan.modified} if scanned else {})
             for (name, scan), size in zip(scans.items(), sizes, strict=True)
         ],
     }
@@ -151,6 +155,7 @@ def _as_scans(about: Mapping[str, Any], rows: NDArray[Any]) -> dict[str, ShardSc
         part = rows[first : first + shard["samples"]]
         scans[shard["name"]] = ShardScan(
             size=shard["bytes"],
+            modified=shard.get("modified", 0),
             starts=part["start"].tolist(),
             stops=part["stop"].tolist(),
             labels=values(part["label"], about["label_names"]),
@@ -158,6 +163,22 @@ def _as_scans(about: Mapping[str, Any], rows: NDArray[Any]) -> dict[str, ShardSc
         )
         first += shard["samples"]
     return scans
+
+
+def _shard_names(about: Mapping[str, Any]) -> set[str]:
+    return {shard["name"] for shard in about["shards"]}
+
+
+def _changed(folder: Path, about: Mapping[str, Any], names: Sequence[str]) -> set[str]:
+    """Those of the tars `names` that are not what was indexed. Their size alone does not tell: tars are padded."""
+    wanted, changed = set(names), set()
+    for shard in about["shards"]:
+        path = folder / shard["name"]
+        if shard["name"] in wanted and path.exists():
+            found = path.stat()
+            if (found.st_size, found.st_mtime_ns) != (shard["bytes"], shard.get("modified")):
+                changed.add(shard["name"])
+    return changed
 
 
 def _read_rows(folder: Path, about: Mapping[str, Any]) -> NDArray[Any]:

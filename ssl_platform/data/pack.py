@@ -88,7 +88,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         type=_share,
         default=0.0,
-        help="leave out images or tiles of which less is tissue: pixels whose HSV saturation is above 0.07",
+        help="leave out images or tiles of which less has the colours of stained tissue, as modality.min_tissue",
     )
     tiles = parser.add_argument_group("tiles of a large image")
     tiles.add_argument("--tile", metavar="PIXELS", type=_count, help="width and height of a tile")

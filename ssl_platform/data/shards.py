@@ -20,13 +20,15 @@ from ssl_platform.data.index import Index
 from ssl_platform.data.order import Order, generator, micro_batch_positions
 from ssl_platform.data.reading import BadSampleError, ShardReader, decoded, reason
 from ssl_platform.masks import Masks
-from ssl_platform.modalities import Modality
+from ssl_platform.modalities import Filtered, Modality
 from ssl_platform.views import Batch, SampleViews, collate
 
 Item = TypeVar("Item")
 
 MAX_SUBSTITUTES = 20
 """So many bad samples in a row at one position are not chance: the run stops."""
+MAX_FILTERED = 1000
+"""Likewise of samples that a filter leaves out."""
 
 
 class DataConfig(Config):
@@ -43,7 +45,7 @@ class DataConfig(Config):
     prefetch: int = Field(default=2, ge=1)
     """Batches that each worker makes ahead."""
     max_bad_samples: int = Field(default=100, ge=0)
-    """Unreadable samples are replaced and logged; the run stops when there were more than this many."""
+    """Unreadable samples are replaced and logged; the run stops when there were more than this many different ones."""
     companions: plugin("ssl_platform.data.companions") | None = None  # type: ignore[valid-type]
     """Other samples that each sample's augmentation gets to see (donors, pairs), for the objectives that need them."""
 
@@ -98,8 +100,9 @@ class MicroBatches(Dataset[Batch]):
             world_size=self.world_size,
         )
         replaced: list[str] = []
+        filtered: list[str] = []
         with _reproducible():
-            samples = [self._sample(position, replaced) for position in positions]
+            samples = [self._sample(position, replaced, filtered) for position in positions]
             ids, keys, views = zip(*samples, strict=True)
             batch = collate(
                 views,
@@ -108,24 +111,32 @@ class MicroBatches(Dataset[Batch]):
                 labels=torch.tensor([self.index[sample].label for sample in ids]),
                 step=step,
                 replaced=replaced,
+                filtered=len(filtered),
             )
             return self._with_masks(batch, first=positions.start - step * self.batch_size)
 
-    def _sample(self, position: int, replaced: list[str]) -> tuple[int, str, dict[str, SampleViews]]:
+    def _sample(
+        self, position: int, replaced: list[str], filtered: list[str]
+    ) -> tuple[int, str, dict[str, SampleViews]]:
         """The sample at a position of the order: its id, its key, its views."""
         epoch, sample = self.order[position]
-        reasons: list[str] = []
-        for attempt in range(MAX_SUBSTITUTES + 1):
+        bad: list[str] = []
+        unwanted: list[str] = []
+        while len(bad) <= MAX_SUBSTITUTES and len(unwanted) <= MAX_FILTERED:
+            attempt = len(bad) + len(unwanted)
             try:
                 key, views = self._views(sample, epoch, *([position, attempt] if attempt else []))
             except BadSampleError as error:
-                reasons.append(str(error))
+                (unwanted if isinstance(error.__cause__, Filtered) else bad).append(str(error))
                 window = self.order.window(position)
                 sample = int(generator("substitute", self.seed, position, attempt).choice(window))
             else:
-                replaced += reasons
+                replaced += bad
+                filtered += unwanted
                 return sample, key, views
-        raise BadSampleError(f"{len(reasons)} samples in a row cannot be used:\n  " + "\n  ".join(reasons))
+        reasons = bad if len(bad) > MAX_SUBSTITUTES else unwanted
+        listed = "\n  ".join(reasons[: MAX_SUBSTITUTES + 1])
+        raise BadSampleError(f"{len(reasons)} samples in a row cannot be used:\n  {listed}")
 
     def _views(self, sample: int, epoch: int, *more_seeds: int) -> tuple[str, dict[str, SampleViews]]:
         """Read -> decode -> (companions likewise) -> augment, seeded by (seed, key, epoch).

@@ -1,5 +1,6 @@
 """Makes one shard of a pack: reads its inputs, checks that each decodes, and writes them as WebDataset members."""
 
+import hashlib
 import io
 import json
 from collections.abc import Sequence
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import webdataset
 from numpy.typing import NDArray
 from PIL import Image
@@ -15,11 +17,9 @@ from PIL import Image
 from ssl_platform.data.sources import Item, read_image
 from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard
 from ssl_platform.modalities._images import decode_image
+from ssl_platform.modalities.pathology import tissue_fraction
 
 Pixels = NDArray[Any]
-
-TISSUE_SATURATION = 0.07
-"""A pixel is tissue if its HSV saturation, (max - min) / max of its RGB values, is above this: glass is grey."""
 
 
 class Numbered(NamedTuple):
@@ -44,6 +44,8 @@ class Shard:
     unreadable: list[str] = field(default_factory=list)
     """One line for each input that was left out: path, reason."""
     without_tissue: int = 0
+    inputs: str = ""
+    """Sizes and times of the files that it was made from, as a digest."""
 
 
 class Job(NamedTuple):
@@ -57,10 +59,10 @@ class Job(NamedTuple):
 
 
 def make_shard(job: Job) -> tuple[Shard, ShardScan]:
-    """Writes a shard, unless it is there, whole, newer than its inputs and nothing was left out of it."""
+    """Writes a shard, unless it is there, whole, made from the inputs as they are and nothing was left out of it."""
     if job.done is not None and _is_current(job, job.done):
         return job.done, scan_shard(job.path)
-    shard = Shard()
+    shard = Shard(inputs=_inputs(job))
     with (
         atomic_file(job.path) as file,
         webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar,
@@ -68,7 +70,7 @@ def make_shard(job: Job) -> tuple[Shard, ShardScan]:
         for sample in job.samples:
             try:
                 data, extension, pixels = _load(sample.item, job.tile)
-                enough = job.min_tissue <= 0 or tissue_fraction(pixels) >= job.min_tissue
+                enough = job.min_tissue <= 0 or tissue_fraction(torch.from_numpy(pixels)) >= job.min_tissue
             except (OSError, ValueError) as error:
                 shard.unreadable.append(f"{sample.item.name}: {getattr(error, 'strerror', None) or error}")
                 continue
@@ -84,12 +86,17 @@ def make_shard(job: Job) -> tuple[Shard, ShardScan]:
 
 
 def _is_current(job: Job, done: Shard) -> bool:
-    try:
-        tar = job.path.stat()
-        newest = max(sample.item.path.stat().st_mtime_ns for sample in job.samples)
-    except OSError:
-        return False
-    return tar.st_size == done.bytes and tar.st_mtime_ns >= newest and not done.unreadable
+    whole = job.path.is_file() and job.path.stat().st_size == done.bytes
+    return whole and not done.unreadable and _inputs(job) == done.inputs
+
+
+def _inputs(job: Job) -> str:
+    """Changes whenever a file does, an older copy put in its place included; missing files have no size."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in dict.fromkeys(sample.item.path for sample in job.samples):
+        found = path.stat() if path.exists() else None
+        digest.update(f"{found.st_size} {found.st_mtime_ns} ".encode() if found else b"- ")
+    return digest.hexdigest()
 
 
 def _load(item: Item, tile: int) -> tuple[bytes, str, Pixels]:
@@ -130,15 +137,6 @@ def _members(sample: Numbered, extension: str, data: bytes) -> dict[str, Any]:
     if sample.label >= 0:
         members["cls"] = str(sample.label).encode()
     return members
-
-
-def tissue_fraction(pixels: Pixels) -> float:
-    """The share of the pixels (3, H, W) that are tissue."""
-    if pixels.shape[0] < 3:
-        raise ValueError(f"the tissue filter needs RGB, this image has {pixels.shape[0]} channels")
-    highest = pixels[:3].max(axis=0).astype(np.float64)
-    lowest = pixels[:3].min(axis=0).astype(np.float64)
-    return float((highest - lowest > TISSUE_SATURATION * highest).mean())
 
 
 def _count(shard: Shard, pixels: Pixels) -> None:

@@ -32,6 +32,8 @@ class ShardScan:
 
     size: int
     """Bytes of the tar file."""
+    modified: int = 0
+    """When it was last written, in nanoseconds."""
     starts: list[int] = field(default_factory=list)
     stops: list[int] = field(default_factory=list)
     labels: list[int | str | None] = field(default_factory=list)
@@ -79,7 +81,8 @@ def scan_shard(path: Path) -> ShardScan:
 
 
 def _scan(file: IO[bytes], path: Path) -> ShardScan:
-    scan = ShardScan(size=path.stat().st_size)
+    found = path.stat()
+    scan = ShardScan(size=found.st_size, modified=found.st_mtime_ns)
     key, extensions = None, set[str]()
     for member, archive in _members(file):
         name = split_name(member.name) if member.isreg() else None

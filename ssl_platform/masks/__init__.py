@@ -30,6 +30,10 @@ class MasksConfig(PluginConfig):
 
     group: str = "global"
 
+    def same_count(self) -> bool:
+        """Whether every view of every sample has the same number of hidden tokens, as mode: drop needs it."""
+        return False
+
     def problems(self, grid: tuple[int, ...]) -> list[str]:
         """What cannot work on a grid of this many tokens, one line each."""
         return []

@@ -25,6 +25,9 @@ class Config(MasksConfig):
     def problems(self, grid: tuple[int, ...]) -> list[str]:
         return ratio_problems(self._ratio(), math.prod(grid), round)
 
+    def same_count(self) -> bool:
+        return self.probability == 1 and self._ratio()[0] == self._ratio()[1]
+
     def build(self) -> "RandomMasks":
         return RandomMasks(self.group, self.probability, self._ratio(), self.num_masks)
 

@@ -26,6 +26,9 @@ class Config(MasksConfig):
             return [f"name: tube needs a grid of time x height x width; group '{self.group}' has a grid of {shape}"]
         return ratio_problems((self.ratio, self.ratio), math.prod(grid[1:]), round)
 
+    def same_count(self) -> bool:
+        return True
+
     def build(self) -> "TubeMasks":
         return TubeMasks(self.group, self.ratio, self.num_masks)
 

@@ -12,6 +12,10 @@ from torch import Tensor, nn
 from ssl_platform.views import SampleViews
 
 
+class Filtered(ValueError):
+    """What `augment` raises for a sample that is whole but that the configuration does not want (no tissue, say)."""
+
+
 class GroupSpec(NamedTuple):
     """What a modality promises of one group of views."""
 
@@ -34,6 +38,8 @@ class Modality(Protocol):
 
     def augment(self, examples: tuple[Any, ...], rng: np.random.Generator) -> dict[str, SampleViews]:
         """The training views of examples[0]; further examples are its companions (donors, pairs).
+
+        Raises Filtered for a sample that is not wanted, ValueError with the reason for one that is bad.
 
         Reproducible from `rng` and the global torch RNG, both seeded by the caller from (seed, key, epoch).
         """

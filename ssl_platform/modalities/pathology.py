@@ -14,7 +14,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from ssl_platform.config import Config as Section
-from ssl_platform.modalities import image
+from ssl_platform.modalities import Filtered, image
 from ssl_platform.modalities._image_augmentations import Box, BoxSampler, Step, place
 from ssl_platform.modalities._images import Size, to_float
 from ssl_platform.modalities._options import (
@@ -131,10 +131,10 @@ class Pathology(image.Image):
         self.min_tissue = min_tissue
 
     def augment(self, examples: tuple[Tensor, ...], rng: np.random.Generator) -> dict[str, SampleViews]:
-        """The crops of examples[0]; raises ValueError if it is too small for the context or has too little tissue."""
+        """The crops of examples[0]; raises ValueError if it is too small for the context, Filtered if it lacks tissue."""
         tile = examples[0]
         if self.min_tissue > 0 and (share := tissue_fraction(tile)) < self.min_tissue:
-            raise ValueError(f"tissue share {share:.3f} is below min_tissue {self.min_tissue:g}")
+            raise Filtered(f"tissue share {share:.3f} is below min_tissue {self.min_tissue:g}")
         if self.context_size is not None:
             tile = self._region(tile, self.context_size, rng)
         return super().augment((tile, *examples[1:]), rng)
@@ -227,8 +227,10 @@ def tissue_fraction(tile: Tensor) -> float:
     """The share of pixels of a (3, H, W) tile with the colours of stained tissue.
 
     Hue in [90, 180], saturation in [8, 255] and value in [103, 255] on OpenCV's 8-bit scale (hue in steps of two
-    degrees): the filter of Midnight (Karasikov et al. 2025, arXiv:2504.05186).
+    degrees): the filter of Midnight (Karasikov et al. 2025, arXiv:2504.05186). Raises ValueError if there is no RGB.
     """
-    hue, saturation, value = rgb_to_hsv(to_float(tile)).unbind(-3)
+    if len(tile) < 3:
+        raise ValueError(f"the tissue filter needs RGB, this image has {len(tile)} channels")
+    hue, saturation, value = rgb_to_hsv(to_float(tile[:3])).unbind(-3)
     is_tissue = ((hue * 180).round() >= 90) & ((saturation * 255).round() >= 8) & ((value * 255).round() >= 103)
     return is_tissue.float().mean().item()

@@ -44,7 +44,7 @@ class Loss(NamedTuple):
     pending: dict[str, Tensor] = {}
     """What `commit` needs of this micro-batch to change state; dropped when the step is."""
     metrics: dict[str, Tensor] = {}
-    """Scalars that are only logged."""
+    """Scalars that are only logged, under the same names on every rank; nan = nothing to measure here, left out of means."""
 
 
 class BuildContext(NamedTuple):
@@ -54,7 +54,7 @@ class BuildContext(NamedTuple):
     embed_dims: dict[str, int]
     """Of each network."""
     heads: dict[str, Any]
-    """The configuration of each head (`prototypes`, ...)."""
+    """The configuration of each head (`num_prototypes`, ...)."""
     steps: int
     """The length of the run, which schedules refer to."""
     seed: int

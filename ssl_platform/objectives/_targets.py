@@ -1,14 +1,16 @@
 """What a student's logits are compared with: teacher distributions by centering or Sinkhorn-Knopp, and cross-entropy."""
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ssl_platform import distributed
+from ssl_platform.optim import ScheduleConfig, within
 
 TargetName = Literal["centering", "sinkhorn"]
+Temperature = Annotated[ScheduleConfig, within(0, open_end=True)]
 
 
 class Centering(nn.Module):
@@ -45,12 +47,17 @@ class Centering(nn.Module):
             self.center.lerp_(total / count, 1 - self.momentum)
 
 
+TINY = 1e-30
+"""What a prototype's mass is at least; sums of its inverse over any number of prototypes stay finite."""
+
+
 class Sinkhorn(nn.Module):
     """Sinkhorn-Knopp: rows that sum to 1, with the mass spread evenly over prototypes, over the rows of all ranks.
 
     Written as scalings u, v of a fixed matrix E = exp(logits / temperature), so an iteration only reads E:
-    v = 1 / (K E' u), u = 1 / (rows E v). Each prototype's largest logit is subtracted first, which its scaling cancels,
-    so nothing overflows and no prototype has zero mass. (SwAV; DINOv2 does the same in place without the subtraction.)
+    v = 1 / (K E' u), u = 1 / (rows E v). Each row's and then each prototype's largest logit is subtracted first: nothing
+    overflows, and every row and every prototype keeps an entry of 1. v cancels what was taken from the prototypes, and u
+    begins with what was taken from the rows. (SwAV; DINOv2 does the same in place without the subtractions.)
     """
 
     def __init__(self, iterations: int = 3) -> None:
@@ -60,13 +67,17 @@ class Sinkhorn(nn.Module):
     def forward(self, logits: Tensor, temperature: float) -> Tensor:
         """(rows, K) -> probabilities (rows, K) in float32; every rank must call it, even with no rows."""
         scaled = logits.float() / temperature
-        largest = scaled.amax(0) if len(scaled) else scaled.new_full(scaled.shape[1:], -torch.inf)  # (K,)
-        mass = scaled.sub_(distributed.maximum(largest)).exp_()  # (rows, K)
-        row_scale = torch.ones_like(mass[:, 0])
-        tiny = torch.finfo(mass.dtype).tiny
+        row_largest = scaled.amax(1)  # (rows,)
+        scaled.sub_(row_largest[:, None])
+        largest = scaled.new_full((scaled.shape[1] + 1,), -torch.inf)  # of each prototype, and of all rows' largest
+        if len(scaled):
+            largest = torch.cat([scaled.amax(0), row_largest.amax(0, keepdim=True)])
+        largest = distributed.maximum(largest)
+        mass = scaled.sub_(largest[:-1]).exp_()  # (rows, K)
+        row_scale = (row_largest - largest[-1]).exp()  # (rows,)
         for _ in range(self.iterations):
-            prototype_scale = 1 / distributed.total(row_scale @ mass).clamp_min_(tiny)  # (K,)
-            row_scale = 1 / (mass @ prototype_scale).clamp_min_(tiny)  # (rows,)
+            prototype_scale = 1 / distributed.total(row_scale @ mass).clamp_min_(TINY)  # (K,)
+            row_scale = 1 / (mass @ prototype_scale)  # (rows,)
         return mass.mul_(prototype_scale).mul_(row_scale[:, None])
 
     def pending(self, logits: Tensor) -> dict[str, Tensor]:

@@ -7,9 +7,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from ssl_platform.config import ConfigError
 from ssl_platform.objectives import BuildContext, Forward, Loss, Objective, ObjectiveConfig, Outputs
-from ssl_platform.objectives._targets import TargetName, build_targets, cross_entropy, entropy
-from ssl_platform.optim import Linear, Schedule, ScheduleConfig, build_schedule
+from ssl_platform.objectives._targets import TargetName, Temperature, build_targets, cross_entropy, entropy
+from ssl_platform.optim import Linear, Schedule, build_schedule
 from ssl_platform.views import Batch
 
 Pairs = Literal["other", "same", "all"]
@@ -35,7 +36,7 @@ class Config(ObjectiveConfig):
     center_momentum: float = Field(0.9, ge=0, lt=1)
     sinkhorn_iterations: int = Field(3, ge=1)
     student_temp: float = Field(0.1, gt=0)
-    teacher_temp: ScheduleConfig = Linear(schedule="linear", start=0.04, end=0.07, over_steps=37500)
+    teacher_temp: Temperature = Linear(schedule="linear", start=0.04, end=0.07, over_steps=37500)
 
     def build(self, context: BuildContext) -> "Dino":
         students = tuple(
@@ -122,9 +123,12 @@ def pair_losses(logits: Tensor, targets: Tensor, allowed: Tensor, student_temp: 
     teacher views share their log-sum-exp, so they are one cross-entropy with the sum of the targets.
     """
     num_pairs = int(allowed.sum())
-    assert num_pairs > 0, (
-        "no pair of views is left: a teacher with one view needs pairs: all, or students of other crops"
-    )
+    if num_pairs == 0:
+        raise ConfigError(
+            [
+                "dino: no pair of views is left; a teacher with one view needs pairs: all, or student_groups of other crops"
+            ]
+        )
     sums: dict[tuple[bool, ...], Tensor] = {}
     losses = []
     for view, teachers in zip(logits, allowed.T.tolist(), strict=True):

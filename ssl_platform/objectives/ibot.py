@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_platform.objectives import BuildContext, Forward, Loss, Objective, ObjectiveConfig, Outputs
-from ssl_platform.objectives._targets import TargetName, build_targets, cross_entropy, entropy
-from ssl_platform.optim import Linear, Schedule, ScheduleConfig, build_schedule
+from ssl_platform.objectives._targets import TargetName, Temperature, build_targets, cross_entropy, entropy
+from ssl_platform.optim import Linear, Schedule, build_schedule
 from ssl_platform.views import Batch
 
 
@@ -25,7 +25,7 @@ class Config(ObjectiveConfig):
     center_momentum: float = Field(0.9, ge=0, lt=1)
     sinkhorn_iterations: int = Field(3, ge=1)
     student_temp: float = Field(0.1, gt=0)
-    teacher_temp: ScheduleConfig = Linear(schedule="linear", start=0.04, end=0.07, over_steps=37500)
+    teacher_temp: Temperature = Linear(schedule="linear", start=0.04, end=0.07, over_steps=37500)
 
     def build(self, context: BuildContext) -> "Ibot":
         return Ibot(
@@ -79,10 +79,8 @@ class Ibot(Objective):
         weights = (1 / counts.clamp_min(1)).expand_as(masks)[masks]  # (masked,)
         num_views = masks[..., 0].numel()
         rows = cross_entropy(logits, targets, self.student_temp)  # (masked,)
-        metrics = {}
-        if len(rows):
-            teacher_entropy = entropy(targets)
-            metrics = {"teacher_entropy": teacher_entropy, "kl": rows.detach().mean() - teacher_entropy}
+        teacher_entropy = entropy(targets)  # nan if this rank has no masked token, like the mean of no rows
+        metrics = {"teacher_entropy": teacher_entropy, "kl": rows.detach().mean() - teacher_entropy}
         return Loss({"loss": (rows * weights).sum() / num_views}, self.targets.pending(teacher_logits), metrics)  # type: ignore[operator]
 
     def commit(self, step: int, pending: Sequence[dict[str, Tensor]]) -> None:
