@@ -305,7 +305,7 @@ def test_damaged_index_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"index\.json: cannot be read .*delete it and index\.npy"):
         Index.open(tmp_path)
     (tmp_path / "index.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(ValueError, match=r"index\.json: expected format 1, found 99"):
+    with pytest.raises(ValueError, match=r"index\.json: expected format 2, found 99"):
         Index.open(tmp_path)
     (tmp_path / "index.json").write_text(good)
     os.truncate(tmp_path / "index.npy", 100)

@@ -15,7 +15,7 @@ seeds = st.integers(0, 2**40)
 
 @given(counts, seeds, st.integers(1, 12), st.integers(0, 5))
 def test_each_sample_once_an_epoch(shard_counts: list[int], seed: int, window: int, epoch: int) -> None:
-    order, size = Order(shard_counts, seed, window), sum(shard_counts)
+    order, size = Order.of_shards(shard_counts, seed, window), sum(shard_counts)
     seen = [order[position] for position in range(epoch * size, (epoch + 1) * size)]
     assert {number for number, _ in seen} == {epoch}
     assert sorted(sample for _, sample in seen) == list(range(size))
@@ -23,7 +23,7 @@ def test_each_sample_once_an_epoch(shard_counts: list[int], seed: int, window: i
 
 @given(counts, seeds, st.integers(1, 4))
 def test_each_shard_is_visited_in_one_window_only(shard_counts: list[int], seed: int, window: int) -> None:
-    order, size = Order(shard_counts, seed, window), sum(shard_counts)
+    order, size = Order.of_shards(shard_counts, seed, window), sum(shard_counts)
     shard_of = np.repeat(np.arange(len(shard_counts)), shard_counts)
     visits = [int(shard_of[order[position][1]]) for position in range(size)]
     windows = [tuple(sorted(set(shard_of[order.window(position)].tolist()))) for position in range(size)]
@@ -41,8 +41,10 @@ def test_positions_can_be_asked_for_in_any_order(
 ) -> None:
     size = sum(shard_counts)
     positions = data.draw(st.lists(st.integers(0, 4 * size - 1), max_size=20))
-    order = Order(shard_counts, seed, window)
-    assert [order[position] for position in positions] == [Order(shard_counts, seed, window)[p] for p in positions]
+    order = Order.of_shards(shard_counts, seed, window)
+    assert [order[position] for position in positions] == [
+        Order.of_shards(shard_counts, seed, window)[p] for p in positions
+    ]
 
 
 @given(st.integers(0, 1000), st.integers(1, 6), st.integers(1, 4), st.sampled_from([1, 2, 3, 4, 6]))
@@ -74,10 +76,10 @@ def test_a_batch_that_cannot_be_split() -> None:
 
 def test_epochs_and_seeds_differ_and_the_order_is_pinned() -> None:
     """A change of these numbers changes the order of every run that is resumed."""
-    order = Order([3, 2, 4], seed=5, window_shards=2)
+    order = Order.of_shards([3, 2, 4], seed=5, window_shards=2)
     epochs = [[order[9 * epoch + offset][1] for offset in range(9)] for epoch in range(3)]
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    assert epochs[0] != [Order([3, 2, 4], seed=6, window_shards=2)[offset][1] for offset in range(9)]
+    assert epochs[0] != [Order.of_shards([3, 2, 4], seed=6, window_shards=2)[offset][1] for offset in range(9)]
     assert epochs[0] == [5, 3, 7, 4, 8, 6, 1, 0, 2]
 
 
@@ -93,14 +95,15 @@ def test_generators_are_functions_of_all_their_names(seed: int) -> None:
 
 
 def test_only_the_windows_in_use_are_in_memory() -> None:
-    order = Order([10] * 1000, seed=0, window_shards=4)
+    order = Order.of_shards([10] * 1000, seed=0, window_shards=4)
     for position in range(0, 30_000, 7):
         order[position]
-    assert len(order._windows) <= 2 and len(order._epochs) <= 2
-    assert all(len(samples) == 40 for samples in order._windows.values())
+    (pool,) = order.sources[0].pools
+    assert len(pool._windows) <= 2 and len(pool._passes) <= 2
+    assert all(len(samples) == 40 for samples in pool._windows.values())
 
 
 def test_samples_of_a_window_are_well_mixed() -> None:
-    order = Order([1000] * 8, seed=1, window_shards=4)
+    order = Order.of_shards([1000] * 8, seed=1, window_shards=4)
     shards = np.array([order[position][1] for position in range(4000)]) // 1000
     assert np.abs(np.bincount(shards[:1000], minlength=8)[np.unique(shards)] - 250).max() < 60
