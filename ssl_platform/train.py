@@ -99,8 +99,10 @@ def train(recipe: Recipe, device: torch.device) -> None:
     metrics = Metrics(recipe.run_dir, step, recipe.tensorboard)
     stop = StopFlag()
     logger.info(
-        "%d samples in %d shards, batch %d, %.1f epochs, %.1f M trained parameters, peak lr %.2e, %d ranks on %s",
-        len(index), index.num_shards, recipe.batch_size, recipe.steps * recipe.batch_size / len(index),
+        "%d samples in %d shards, batch %d, %s, %.1f M trained parameters, peak lr %.2e, %d ranks on %s",
+        len(index), index.num_shards, recipe.batch_size,
+        f"{len(order.sources)} sources" if recipe.data.sources
+        else f"{recipe.steps * recipe.batch_size / len(index):.1f} epochs",
         sum(p.numel() for ps in parts.trained.values() for p in ps) / 1e6,
         max(parts.lr(s) for s in range(0, recipe.steps, max(recipe.steps // 1000, 1))),
         distributed.world_size(), device,

@@ -114,10 +114,10 @@ def _scan(file: IO[bytes], path: Path) -> ShardScan:
             label, group = _category(about.get("label")), _category(about.get("group"))
             scan.labels[-1] = scan.labels[-1] if label is None else label
             scan.groups[-1] = group
-            for name in about.keys() - _NO_COLUMNS:
-                value = _scalar(about[name])
+            for column_name in about.keys() - _NO_COLUMNS:
+                value = _scalar(about[column_name])
                 if value is not None:
-                    column = scan.columns.setdefault(name, [])
+                    column = scan.columns.setdefault(column_name, [])
                     column += [None] * (len(scan.starts) - 1 - len(column))
                     column.append(texts.setdefault(value, value) if isinstance(value, str) else value)
     for column in scan.columns.values():
