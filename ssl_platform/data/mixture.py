@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -134,11 +135,13 @@ def _pools(
     return pools
 
 
-def _by_code(codes: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
+def _by_code(codes: NDArray[np.integer[Any]]) -> list[tuple[int, NDArray[np.int64]]]:
     """Each code that occurs, with the places where it does, ascending."""
+    codes = codes.astype(smallest_type(int(codes.max())))  # few bits are sorted in a twentieth of the time
     places = np.argsort(codes, kind="stable")
-    found, begins = np.unique(codes[places], return_index=True)
-    return list(zip(found.tolist(), np.split(places, begins[1:]), strict=True))
+    codes = codes[places]
+    begins = np.flatnonzero(codes[1:] != codes[:-1]) + 1
+    return list(zip(codes[[0, *begins]].tolist(), np.split(places, begins), strict=True))
 
 
 def _class_name(code: int, names: list[str]) -> str:

@@ -224,7 +224,8 @@ class Cap:
     """
 
     def __init__(self, groups: NDArray[np.int64], most: int, *seeds: str | int) -> None:
-        order = np.lexsort((generator("cap", *seeds).random(len(groups)), groups))
+        shuffled = generator("cap", *seeds).permutation(len(groups))
+        order = shuffled[np.argsort(groups[shuffled], kind="stable")]
         ordered = groups[order]
         begins = np.flatnonzero(np.diff(ordered, prepend=np.iinfo(np.int64).min))
         sizes = np.diff(begins, append=len(groups))
