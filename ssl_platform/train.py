@@ -109,7 +109,7 @@ def train(recipe: Recipe, device: torch.device) -> None:
     )  # fmt: skip
     for line in summary(recipe.data.sources, order, recipe.steps * recipe.batch_size) if recipe.data.sources else ():
         logger.info("%s", line)
-    for line in [*doubtful(recipe), *doubtful_cache(recipe.data.cache_shards, recipe.data.window_shards, order)]:
+    for line in doubtful(recipe) + doubtful_cache(recipe.data.cache_shards, recipe.data.window_shards, index, order):
         logger.warning("%s", line)
     if step == recipe.steps:
         logger.info("%s: all %d steps are done", recipe.run_dir, step)

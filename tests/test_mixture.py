@@ -19,8 +19,9 @@ from ssl_platform.config import Config, ConfigError, validate
 from ssl_platform.data.companions.random import Config as RandomCompanions
 from ssl_platform.data.index import Index
 from ssl_platform.data.mixture import SourceConfig, build_order, described, doubtful_cache, open_shards, summary
-from ssl_platform.data.order import Order, Turns
+from ssl_platform.data.order import Order, Turns, micro_batch_positions
 from ssl_platform.data.shards import DataConfig
+from ssl_platform.recipe import load_recipe
 from ssl_platform.train import main
 from tests.test_index import labelled_tar
 from tests.test_shards import assert_equal, batches, joined, write_shards
@@ -264,6 +265,42 @@ def test_any_world_size_workers_accumulation_and_resume_give_the_same_batches(mi
         assert_equal(whole, [joined(micro[accumulate * step : accumulate * (step + 1)]) for step in range(6)])
 
 
+@settings(max_examples=40)
+@given(sizes, seeds, st.data())
+def test_any_split_of_the_work_gives_the_same_global_batches(
+    shard_counts: list[list[int]], seed: int, data: st.DataObject
+) -> None:
+    """Each worker of each rank has an order of its own, and the run is stopped and goes on with other numbers."""
+    index, num_steps = indexed(shard_counts, labels=[0, 1], groups=[0, 0, 1]), 5
+    made = {
+        "weight": [data.draw(weights) for _ in shard_counts],
+        "balance": [data.draw(st.sampled_from([None, "label", "group"])) for _ in shard_counts],
+        "max_per_group": [data.draw(st.sampled_from([None, 1, 2])) for _ in shard_counts],
+    }
+    whole = mixed(index, seed, **made)
+    batch_size = 12 * data.draw(st.integers(1, 2))
+    stopped = data.draw(st.integers(0, num_steps))
+    seen: dict[int, tuple[int, int]] = {}
+    for steps in (range(stopped), range(stopped, num_steps)):
+        world_size, workers = data.draw(st.sampled_from([1, 2, 3, 6])), data.draw(st.integers(1, 3))
+        accumulate = data.draw(st.sampled_from([1, 2]))
+        for rank in range(world_size):
+            orders = [mixed(index, seed, **made) for _ in range(workers)]
+            numbers = [(step, micro_step) for step in steps for micro_step in range(accumulate)]
+            for number, (step, micro_step) in enumerate(numbers):
+                for position in micro_batch_positions(
+                    step,
+                    micro_step,
+                    batch_size=batch_size,
+                    accumulate=accumulate,
+                    rank=rank,
+                    world_size=world_size,
+                ):
+                    assert position not in seen and position // batch_size == step
+                    seen[position] = orders[number % workers][position]
+    assert seen == {position: whole[position] for position in range(num_steps * batch_size)}
+
+
 def test_substitutes_are_of_the_same_source_and_class(mixture: tuple[Index, Order]) -> None:
     index, order = mixture
     seen = joined(list(batches(index, batch_size=70, last_step=2, order=order)))
@@ -359,11 +396,13 @@ def test_balance_by_a_column_that_only_one_source_has(tmp_path: Path) -> None:
         "(25.0 %), 200 drawn in all, 33.3 to 100.0 passes",
         "source b: 1 samples; weight 3 (75.0 %), 600 drawn in all, 600.0 passes",
     ]
-    assert doubtful_cache(5, 16, order) == [] and doubtful_cache(16, 1, order) == []
-    assert doubtful_cache(4, 16, order) == [
-        "data.cache_shards: 4, but the sources and classes have 3 windows of 5 shards together, so shards are closed and "
-        "opened again; set it to 5, or data.window_shards lower"
+    assert doubtful_cache(5, 16, index, order) == [] and doubtful_cache(3, 1, index, order) == []
+    assert doubtful_cache(4, 16, index, order) == [
+        "data.cache_shards: 4, but the windows of all sources and classes (3) have up to 5 shards together, so shards are "
+        "closed and opened again; set it to 5, or data.window_shards lower"
     ]
+    other_way_round = build_order(index, dict(reversed(sources.items())), 0, 16)
+    assert [other_way_round[position] for position in range(50)] == [order[position] for position in range(50)]
     before = described(sources, index)
     labelled_tar(tmp_path / "a" / "0.tar", ["cat", "dog"], site="y", group="p0")
     changed = described(sources, open_shards(None, sources))
@@ -399,6 +438,7 @@ def test_a_mixture_trains_logs_what_it_drew_and_is_resumed_only_as_it_was(
         drawn = line["drawn_left"], line["drawn_right"]
         assert sum(drawn) == 8 * line["step"] and abs(drawn[1] - 8 * line["step"] / 3) < 2
     assert drawn == (32, 16)
+    assert load_recipe(run_dir / "config.yaml").data.sources["left"].weight == 2, "valid as input"
 
     shutil.rmtree(run_dir / "checkpoints" / "step_00000006")
     assert command(run_dir) == 0

@@ -51,7 +51,10 @@ def mixture_problems(sources: Mapping[str, SourceConfig]) -> list[str]:
 
 
 def open_shards(shards: Path | list[Path] | None, sources: Mapping[str, SourceConfig]) -> Index:
-    """The index of `data.shards`, or of all `data.sources` joined; raises ConfigError with every problem found."""
+    """The index of `data.shards`, or of all `data.sources` joined; raises ConfigError with every problem found.
+
+    Here and below sources are in the order of their names, so the order of a file's lines does not matter.
+    """
     if shards is not None:
         try:
             return Index.open(shards)
@@ -59,7 +62,7 @@ def open_shards(shards: Path | list[Path] | None, sources: Mapping[str, SourceCo
             raise ConfigError([f"data.shards: {error}"]) from error
     opened: dict[str, Index] = {}
     lines = []
-    for name, source in sources.items():
+    for name, source in sorted(sources.items()):
         try:
             opened[name] = Index.open(source.shards)
         except ValueError as error:
@@ -93,7 +96,7 @@ def build_order(index: Index, sources: Mapping[str, SourceConfig], seed: int, wi
     return Order(
         [
             Source(name, Fraction(repr(source.weight)), _pools(index, name, source, columns, seed, window_shards))
-            for name, source in sources.items()
+            for name, source in sorted(sources.items())
         ],
         seed,
     )
@@ -151,7 +154,7 @@ def _class_name(code: int, names: list[str]) -> str:
 def described(sources: Mapping[str, SourceConfig], index: Index) -> str:
     """What, with the index, seed and window, decides the order of a mixture; empty without one."""
     texts = []
-    for name, source in sources.items():
+    for name, source in sorted(sources.items()):
         text = f"; {name}: {len(index.sources[name])} shards, weight {source.weight:g}"
         if source.balance is not None:
             text += f", balance {source.balance} ({index.column_digest(source.balance)})"
@@ -182,14 +185,18 @@ def summary(sources: Mapping[str, SourceConfig], order: Order, num_positions: in
     return lines
 
 
-def doubtful_cache(cache_shards: int, window_shards: int, order: Order) -> list[str]:
+def doubtful_cache(cache_shards: int, window_shards: int, index: Index, order: Order) -> list[str]:
     """A line if the windows in use need more shards at a time than are kept open."""
-    sizes = [min(window_shards, pool.num_shards) for source in order.sources for pool in source.pools]
-    if len(sizes) == 1 or sum(sizes) <= cache_shards:
+    num_windows = sum(len(source.pools) for source in order.sources)
+    needed = 0
+    for source in order.sources:
+        shards = sum(min(window_shards, pool.num_shards) for pool in source.pools)
+        needed += min(shards, len(index.sources.get(source.name, index.shards)))
+    if num_windows == 1 or needed <= cache_shards:
         return []
     return [
-        f"data.cache_shards: {cache_shards}, but the sources and classes have {len(sizes)} windows of {sum(sizes)} shards "
-        f"together, so shards are closed and opened again; set it to {sum(sizes)}, or data.window_shards lower"
+        f"data.cache_shards: {cache_shards}, but the windows of all sources and classes ({num_windows}) have up to {needed} "
+        f"shards together, so shards are closed and opened again; set it to {needed}, or data.window_shards lower"
     ]
 
 
