@@ -220,6 +220,18 @@ def test_a_source_keeps_its_own_order_whatever_the_weights() -> None:
         assert size > 30 and left[:size] == right[:size]
 
 
+def test_of_thousands_of_classes_few_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = indexed([[6] * 50], labels=list(range(100)))
+    order = mixed(index, window=50, balance=["label"])
+    expected = [order[position] for position in range(500)]
+    pools = order.sources[0].pools
+    assert len(pools) == 101 and all(pool._windows for pool in pools)
+    monkeypatch.setattr("ssl_platform.data.order.MAX_POOLS_IN_MEMORY", 7)
+    order = mixed(index, window=50, balance=["label"])
+    assert [order[position] for position in range(500)] == expected
+    assert sum(bool(pool._windows) for pool in order.sources[0].pools) == 7
+
+
 def test_only_windows_are_in_memory() -> None:
     index = indexed([[10] * 300, [10] * 200], labels=[0, 1, 2])
     order = mixed(index, window=4, balance=[None, "label"])

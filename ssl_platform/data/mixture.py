@@ -128,14 +128,23 @@ def _pools(
         classes = [([name, _class_name(code, names)], members) for code, members in _by_code(codes[first:last])]
     pools = []
     for names_, members in classes:
-        bounds = np.searchsorted(members, ranges - first)  # (shards, 2): which of the members each shard holds
+        starts, counts = _in_shards(members, ranges - first)
         cap = None
         if source.max_per_group is not None:
             cap = Cap(columns["group"][0][first:last][members], source.max_per_group, seed, *names_)
         held = (members + first).astype(smallest_type(last))
-        counts = bounds[:, 1] - bounds[:, 0]
-        pools.append(Pool(bounds[:, 0], counts, seed, window_shards, name=names_, members=held, cap=cap))
+        pools.append(Pool(starts, counts, seed, window_shards, name=names_, members=held, cap=cap))
     return pools
+
+
+def _in_shards(members: NDArray[np.int64], ranges: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the members of each shard that has some begin, and how many these are."""
+    if len(members) > len(ranges):
+        bounds = np.searchsorted(members, ranges)  # (shards, 2)
+        return bounds[:, 0], bounds[:, 1] - bounds[:, 0]
+    shards = np.searchsorted(ranges[:, 0], members, side="right")  # few members of many shards: each class is one
+    starts = np.flatnonzero(np.diff(shards, prepend=-1))
+    return starts, np.diff(starts, append=len(members))
 
 
 def _by_code(codes: NDArray[np.integer[Any]]) -> list[tuple[int, NDArray[np.int64]]]:

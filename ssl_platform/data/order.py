@@ -5,6 +5,7 @@ class that it balances); and a pool shows its samples pass after pass.
 """
 
 import hashlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
@@ -13,6 +14,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+MAX_POOLS_IN_MEMORY = 256
+"""Of thousands of classes the windows would be all of the data; to make one again takes less than to decode an image."""
 
 
 def generator(*names: str | int) -> np.random.Generator:
@@ -48,6 +52,7 @@ class Order:
 
     def __init__(self, sources: Sequence["Source"], seed: int) -> None:
         self.sources = list(sources)
+        self._recent: OrderedDict[tuple[int, int], Pool] = OrderedDict()
         self._turns = Turns([source.weight for source in sources], "sources", seed)
         self._pool_turns = [
             Turns([Fraction(1)] * len(source.pools), "pools", seed, source.name) for source in self.sources
@@ -76,7 +81,11 @@ class Order:
     def _pool(self, position: int) -> tuple["Pool", int]:
         source, turn = self._turns[position]
         number, place = self._pool_turns[source][turn]
-        return self.sources[source].pools[number], place
+        pool = self._recent[source, number] = self.sources[source].pools[number]
+        self._recent.move_to_end((source, number))
+        if len(self._recent) > MAX_POOLS_IN_MEMORY:
+            self._recent.popitem(last=False)[1].forget()
+        return pool, place
 
 
 class Source(NamedTuple):
@@ -176,6 +185,11 @@ class Pool:
         """The samples of the window that `place` is in, in their order."""
         number, window, _ = self._place(place)
         return self._window(number, window)
+
+    def forget(self) -> None:
+        """Gives up what can be computed again."""
+        self._passes.clear()
+        self._windows.clear()
 
     def _place(self, place: int) -> tuple[int, int, int]:
         """The pass, the window in it and the offset in that."""
