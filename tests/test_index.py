@@ -284,6 +284,24 @@ def test_an_index_from_before_columns_is_read_and_says_so(tmp_path: Path) -> Non
     assert values(Index.open(tmp_path), "site") == ["A", "B"], "the old shards are scanned again, to have columns too"
 
 
+def test_damaged_columns(tmp_path: Path) -> None:
+    tar_of(tmp_path / "a.tar", [{"site": "A"}, {"site": "B"}])
+    Index.open(tmp_path)
+    good = json.loads((tmp_path / "index.json").read_text())
+    for columns in ([], {"site": 3}, {"site": {"type": "O", "names": []}}, {"site": {"type": "|i1", "names": [1]}}):
+        (tmp_path / "index.json").write_text(json.dumps(good | {"columns": columns}))
+        with pytest.raises(
+            ValueError, match=r"index\.json: damaged, its columns are not as ssl-pack writes them; delete"
+        ):
+            Index.open(tmp_path)
+    (tmp_path / "index.json").write_text(json.dumps(good | {"columns": {}}))
+    with pytest.raises(ValueError, match=r"index\.npy: does not belong to the index\.json beside it"):
+        Index.open(tmp_path)
+    (tmp_path / "index.json").write_text(json.dumps(good | {"columns": {"site": {"type": "|i1", "names": ["A"]}}}))
+    with pytest.raises(ValueError, match=r"index\.npy: damaged, a value of column 'site' is out of range"):
+        Index.open(tmp_path).column("site")
+
+
 def test_columns_of_a_manifest_are_packed(tmp_path: Path) -> None:
     for number_ in range(4):
         Image.new("L", (4, 4), number_).save(tmp_path / f"{number_}.png")

@@ -212,6 +212,24 @@ def test_a_window_is_of_one_source_and_class(
         assert len({int(index.column("label")[0][other]) for other in others}) == 1
 
 
+@settings(max_examples=40)
+@given(sizes, seeds, st.integers(1, 3), st.integers(0, 100), st.integers(1, 30))
+def test_windows_to_fetch_and_those_to_fetch_next(
+    shard_counts: list[list[int]], seed: int, window: int, first: int, num_positions: int
+) -> None:
+    index = indexed(shard_counts, labels=[0, 1, 1])
+    order = mixed(index, seed, window, balance=["label"] + [None] * (len(shard_counts) - 1))
+    positions = range(first, first + num_positions)
+    current, following = order.windows(positions)
+    assert {order[position][1] for position in positions} <= set(current.tolist())
+    assert set(current.tolist()) == {sample for position in positions for sample in order.window(position).tolist()}
+    for position in positions:
+        pool, place = order._pool(position)
+        begin, samples = pool.window_at(place)
+        assert pool[begin + len(samples)][1] in following
+        assert pool.window(begin).tolist() == samples.tolist() == [pool[begin + i][1] for i in range(len(samples))]
+
+
 def test_a_source_keeps_its_own_order_whatever_the_weights() -> None:
     index = indexed([[7, 5, 6], [4, 4]])
     one, other = (of_sources(index, mixed(index, weight=given_), 400) for given_ in ([1.0, 3.0], [5.0, 0.5]))
@@ -232,6 +250,32 @@ def test_of_thousands_of_classes_few_are_in_memory(monkeypatch: pytest.MonkeyPat
     assert sum(bool(pool._windows) for pool in order.sources[0].pools) == 7
 
 
+def test_the_order_of_a_mixture_is_pinned() -> None:
+    """A change of these numbers changes the order of every mixture that is resumed."""
+    index = indexed([[4, 3, 5], [2, 3]], labels=[0, 1, 1, 2, -1], groups=[0, 0, 1, 2])
+    order = mixed(index, 5, weight=[2.0, 1.0], balance=["label", None], max_per_group=[None, 1])
+    assert [order[position] for position in range(18)] == [
+        (0, 1),
+        (0, 9),
+        (0, 13),
+        (0, 0),
+        (0, 11),
+        (0, 16),
+        (0, 6),
+        (0, 2),
+        (0, 12),
+        (0, 3),
+        (0, 5),
+        (0, 14),
+        (1, 3),
+        (1, 0),
+        (1, 12),
+        (0, 4),
+        (1, 15),
+        (0, 8),
+    ]
+
+
 def test_only_windows_are_in_memory() -> None:
     index = indexed([[10] * 300, [10] * 200], labels=[0, 1, 2])
     order = mixed(index, window=4, balance=[None, "label"])
@@ -240,7 +284,7 @@ def test_only_windows_are_in_memory() -> None:
     pools = [pool for source in order.sources for pool in source.pools]
     assert len(pools) == 1 + 4
     for pool in pools:
-        assert len(pool._windows) <= 2 and len(pool._passes) <= 2
+        assert len(pool._windows) <= 3 and len(pool._passes) <= 3
         assert all(len(samples) <= 40 for samples in pool._windows.values())
 
 

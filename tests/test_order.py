@@ -117,7 +117,7 @@ def test_only_the_windows_in_use_are_in_memory() -> None:
     for position in range(0, 30_000, 7):
         order[position]
     (pool,) = order.sources[0].pools
-    assert len(pool._windows) <= 2 and len(pool._passes) <= 2
+    assert len(pool._windows) <= 3 and len(pool._passes) <= 3
     assert all(len(samples) == 40 for samples in pool._windows.values())
 
 

@@ -207,6 +207,11 @@ def _part_column(part: _Part, name: str, named: bool) -> tuple[NDArray[np.int64]
         return np.full(len(part.rows), -1, dtype=np.int64), []
     names = part.columns[name]
     codes = part.rows[f"column{list(part.columns).index(name)}"].astype(np.int64)
+    if len(codes) and not -1 <= codes.min() <= codes.max() < (len(names) or np.iinfo(np.int64).max):
+        raise ValueError(
+            f"{part.shards[0].parent / 'index.npy'}: damaged, a value of column '{name}' is out of range; delete it and "
+            "index.json, or pack again"
+        )
     if named and not names:
         values, codes = np.unique(codes, return_inverse=True)
         names = [str(value) for value in values[values >= 0].tolist()]

@@ -22,6 +22,7 @@ ROW = np.dtype([(name, "<i8") for name in ("start", "stop", "label", "group", "s
 
 The columns of `index.json` follow, as "column0", "column1", ... in their order.
 """
+_COLUMN_TYPES: list[np.dtype[Any]] = [np.dtype(kind) for kind in ("<i1", "<i2", "<i4", "<i8")]
 MAX_COLUMNS = 100
 MAX_NAMES = 1 << 16
 """A text that differs more often is no category (a file name, a caption): such a column is left out."""
@@ -151,7 +152,19 @@ def read_description(folder: Path) -> dict[str, Any] | None:
     found = about.get("format") if isinstance(about, dict) else None
     if found not in READABLE:
         raise ValueError(f"{path}: expected format {FORMAT}, found {found}; delete it and index.npy, or pack again")
+    if not _are_columns(about.get("columns", {})):
+        raise ValueError(f"{path}: damaged, its columns are not as ssl-pack writes them; delete it and index.npy")
     return dict(about)
+
+
+def _are_columns(columns: Any) -> bool:
+    return isinstance(columns, dict) and all(
+        isinstance(column, dict)
+        and column.get("type") in [kind.str for kind in _COLUMN_TYPES]
+        and isinstance(column.get("names"), list)
+        and all(isinstance(name, str) for name in column["names"])
+        for column in columns.values()
+    )
 
 
 def number(values: Sequence[int | str | None]) -> tuple[NDArray[np.int64], list[str]]:
@@ -189,7 +202,7 @@ def _columns(
 
 def smallest_type(largest: int) -> np.dtype[Any]:
     """The smallest integer type that holds -1 ... `largest`."""
-    return next(kind for kind in map(np.dtype, ("<i1", "<i2", "<i4", "<i8")) if np.iinfo(kind).max >= largest)
+    return next(kind for kind in _COLUMN_TYPES if np.iinfo(kind).max >= largest)
 
 
 def _row_type(columns: Mapping[str, Any]) -> np.dtype[Any]:

@@ -6,7 +6,7 @@ class that it balances); and a pool shows its samples pass after pass.
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from itertools import accumulate
 from math import ceil
@@ -72,6 +72,21 @@ class Order:
         """The samples that `position` is shuffled among, in their order: of one window of one pool."""
         pool, place = self._pool(position)
         return pool.window(place)
+
+    def windows(self, positions: Iterable[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """The samples of all windows that `positions` are in, and those of the window that follows each in its pool.
+
+        For whoever fetches ahead: in a mixture, positions in a row are in windows of several sources and classes.
+        """
+        current: dict[tuple[int, int], NDArray[np.int64]] = {}
+        following: dict[tuple[int, int], NDArray[np.int64]] = {}
+        for position in positions:
+            pool, place = self._pool(position)
+            first, window = pool.window_at(place)
+            if (id(pool), first) not in current:
+                current[id(pool), first] = window
+                following[id(pool), first] = pool.window(first + len(window))
+        return np.concatenate([*current.values()]), np.concatenate([*following.values()])
 
     def drawn(self, position: int) -> dict[str, int]:
         """How many samples of each source come before `position`."""
@@ -183,8 +198,12 @@ class Pool:
 
     def window(self, place: int) -> NDArray[np.int64]:
         """The samples of the window that `place` is in, in their order."""
-        number, window, _ = self._place(place)
-        return self._window(number, window)
+        return self.window_at(place)[1]
+
+    def window_at(self, place: int) -> tuple[int, NDArray[np.int64]]:
+        """The first place of that window, and its samples."""
+        number, window, offset = self._place(place)
+        return place - offset, self._window(number, window)
 
     def forget(self) -> None:
         """Gives up what can be computed again."""
@@ -258,6 +277,6 @@ class Cap:
 
 
 def _forget_oldest(cache: dict[Any, Any]) -> None:
-    """Makes room for one more of two: a batch may straddle two windows, and nobody goes back."""
-    if len(cache) > 1:
+    """Makes room for one more of three: a batch may straddle two windows, the next is fetched ahead, nobody goes back."""
+    if len(cache) > 2:
         del cache[next(iter(cache))]
