@@ -259,14 +259,19 @@ def test_texts_that_always_differ_are_no_column(tmp_path: Path, monkeypatch: pyt
     assert Index.open(tmp_path).columns == ["label", "group", "a", "b"], "what was left out stays out"
 
 
+def make_old(folder: Path) -> None:
+    """The folder's index as it was before it had columns."""
+    about = json.loads((folder / "index.json").read_text())
+    del about["columns"], about["columns_left_out"]
+    (folder / "index.json").write_text(json.dumps(about | {"format": 1}))
+    rows = np.load(folder / "index.npy")
+    np.save(folder / "index.npy", np.array([tuple(row)[:5] for row in rows], dtype=ROW))
+
+
 def test_an_index_from_before_columns_is_read_and_says_so(tmp_path: Path) -> None:
     tar_of(tmp_path / "a.tar", [{"site": "A", "label": 1}])
     Index.open(tmp_path)
-    about = json.loads((tmp_path / "index.json").read_text())
-    del about["columns"], about["columns_left_out"]
-    (tmp_path / "index.json").write_text(json.dumps(about | {"format": 1}))
-    rows = np.load(tmp_path / "index.npy")
-    np.save(tmp_path / "index.npy", np.array([tuple(row)[:5] for row in rows], dtype=ROW))
+    make_old(tmp_path)
     index = Index.open(tmp_path)
     assert index.labels.tolist() == [1] and index.columns == ["label", "group"]
     with pytest.raises(ValueError) as raised:
@@ -278,8 +283,7 @@ def test_an_index_from_before_columns_is_read_and_says_so(tmp_path: Path) -> Non
     assert main(["--index", str(tmp_path)]) == 0
     assert values(Index.open(tmp_path), "site") == ["A"]
 
-    (tmp_path / "index.json").write_text(json.dumps(about | {"format": 1}))
-    np.save(tmp_path / "index.npy", np.array([tuple(row)[:5] for row in rows], dtype=ROW))
+    make_old(tmp_path)
     tar_of(tmp_path / "b.tar", [{"site": "B"}])
     assert values(Index.open(tmp_path), "site") == ["A", "B"], "the old shards are scanned again, to have columns too"
 
@@ -307,13 +311,16 @@ def test_columns_of_a_manifest_are_packed(tmp_path: Path) -> None:
         Image.new("L", (4, 4), number_).save(tmp_path / f"{number_}.png")
     rows = ["path,site,magnification", "0.png,A,20", "1.png,B,20", "2.png,,40", "3.png,A,5"]
     (tmp_path / "table.csv").write_text("\n".join(rows))
-    for extra in ([], ["--overwrite"]):
+    for extra in ([], [], ["--overwrite"]):  # the second time finished shards are kept, and an old index is made anew
         assert main([str(tmp_path / "table.csv"), str(tmp_path / "out"), "--samples-per-shard", "3", *extra]) == 0
         index = Index.open(tmp_path / "out")
         reader = ShardReader(index, cache_shards=1)
         abouts = [json.loads(reader.read(sample).members["json"]) for sample in range(4)]
         for name in ("site", "magnification"):
             assert values(index, name) == [about[name] or None for about in abouts]
+        make_old(tmp_path / "out")
+        with pytest.raises(ValueError, match="no column 'site'; there are label, group. The index of"):
+            Index.open(tmp_path / "out").column("site")
 
 
 # -- what can be opened ------------------------------------------------------------------------------------------------

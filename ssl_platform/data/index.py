@@ -146,8 +146,9 @@ class Index:
         """
         if name not in self.columns:
             raise ValueError(self._no_column(name))
-        if name in ("label", "group"):
-            return (self.labels, self.label_names) if name == "label" else (self.groups, self.group_names)
+        if name in ("label", "group"):  # not `labels`, which would stay in memory
+            maps = [labels if name == "label" else groups for _, labels, groups in self._parts]
+            return self._column(name, maps), self.label_names if name == "label" else self.group_names
         named = any(part.columns.get(name) for part, _, _ in self._parts)
         pieces = [_part_column(part, name, named) for part, _, _ in self._parts]
         names = sorted({value for _, own in pieces for value in own})

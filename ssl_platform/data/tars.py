@@ -114,15 +114,20 @@ def _scan(file: IO[bytes], path: Path) -> ShardScan:
             label, group = _category(about.get("label")), _category(about.get("group"))
             scan.labels[-1] = scan.labels[-1] if label is None else label
             scan.groups[-1] = group
-            for column_name in about.keys() - _NO_COLUMNS:
-                value = _scalar(about[column_name])
-                if value is not None:
-                    column = scan.columns.setdefault(column_name, [])
-                    column += [None] * (len(scan.starts) - 1 - len(column))
-                    column.append(texts.setdefault(value, value) if isinstance(value, str) else value)
+            _add_columns(scan, about, texts)
     for column in scan.columns.values():
         column += [None] * (len(scan.starts) - len(column))
     return scan
+
+
+def _add_columns(scan: ShardScan, about: dict[str, Any], texts: dict[str, str]) -> None:
+    """Adds the last sample's values; `texts` keeps one copy of each text."""
+    for name in about.keys() - _NO_COLUMNS:
+        value = _scalar(about[name])
+        if value is not None:
+            column = scan.columns.setdefault(name, [])
+            column += [None] * (len(scan.starts) - 1 - len(column))
+            column.append(texts.setdefault(value, value) if isinstance(value, str) else value)
 
 
 def _members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
