@@ -12,6 +12,7 @@ from torch import nn
 from ssl_platform.config import Config, ConfigError, PluginConfig, load_config, plugin
 from ssl_platform.data.index import Index
 from ssl_platform.data.shards import DataConfig
+from ssl_platform.data.transfer import RemoteError
 from ssl_platform.modalities import Modality
 from ssl_platform.objectives import BuildContext
 from ssl_platform.optim import Cosine, OptimConfig, ScheduleConfig, build_schedule, within
@@ -226,9 +227,15 @@ def _check_uses(recipe: Recipe, name: str, objective: Any) -> list[str]:
 def open_index(recipe: Recipe) -> Index:
     """The training shards."""
     try:
-        return Index.open(recipe.data.shards)
-    except ValueError as error:
+        index = Index.open(recipe.data.shards, recipe.data.remote())
+    except (ValueError, RemoteError) as error:
         raise ConfigError([f"data.shards: {error}"]) from error
+    if index.remote is not None:
+        try:
+            index.remote.check_room(recipe.data.window_shards)
+        except ValueError as error:
+            raise ConfigError([f"data.{error}"]) from error
+    return index
 
 
 def build_modality(recipe: Recipe, statistics: dict[str, list[float]] | None) -> Modality:
