@@ -22,7 +22,9 @@ _SIGNING = re.compile(
     re.IGNORECASE,
 )
 """Keys of a query that change with every signing, and not with what the URL means."""
-_SECRETS_OF_A_COMMAND = re.compile(r"(?i)(?<=://)[^\s/@]+@|(authorization|bearer|token|secret|passw\w*|key)[=: ]+[^\s'\"]+")
+_SECRETS_OF_A_COMMAND = re.compile(
+    r"(?i)(?<=://)[^\s/@]+@|(authorization|bearer|token|secret|passw\w*|key)[=: ]+[^\s'\"]+"
+)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,9 @@ class Url:
         """The last part of its path."""
         if self.protocol == "pipe":
             return f"{self.key}.tar"
-        name = urlsplit(self.full).path.rstrip("/").rpartition("/")[2] if self._has_query else self.full.rpartition("/")[2]
+        name = (
+            urlsplit(self.full).path.rstrip("/").rpartition("/")[2] if self._has_query else self.full.rpartition("/")[2]
+        )
         return unquote(name) if self._has_query else name
 
     @property
@@ -71,12 +75,15 @@ class Url:
     @property
     def key(self) -> str:
         """16 letters that are the same for the same place, whoever signs it and whenever."""
-        text = self.full
-        if self.protocol != "pipe":
-            parts = urlsplit(self.full)
-            kept = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=_query(parts.query, hide=False))
-            text = urlunsplit(kept).rstrip("/")
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+        return hashlib.blake2b(self.resolve().full.encode(), digest_size=8).hexdigest()
+
+    def resolve(self) -> "Url":
+        """The same for the same place, as of paths: without what signs it."""
+        if self.protocol == "pipe":
+            return self
+        parts = urlsplit(self.full)
+        kept = parts._replace(netloc=parts.netloc.rpartition("@")[2], query=_query(parts.query, hide=False))
+        return Url(urlunsplit(kept).rstrip("/"))
 
     @property
     def secrets(self) -> list[str]:
@@ -87,7 +94,9 @@ class Url:
         user = parts.netloc.rpartition("@")[0]
         values = [item.partition("=")[2] for item in parts.query.split("&") if not _is_shown(item)]
         texts = [user, *user.split(":", 1), *values]
-        return sorted({form for text in texts for form in (text, unquote(text)) if len(form) > 2}, key=len, reverse=True)
+        return sorted(
+            {form for text in texts for form in (text, unquote(text)) if len(form) > 2}, key=len, reverse=True
+        )
 
     def hide(self, text: str) -> str:
         """`text`, which somebody else wrote about this URL, without its credentials."""
@@ -133,7 +142,7 @@ def location(text: "str | Path | Url") -> "Path | Url":
 
 
 def expand_braces(text: str) -> Iterator[str]:
-    """"x-{000..002}.tar" or "x-{a,b}.tar" as the texts it stands for, in order; raises ValueError for a bad range."""
+    """ "x-{000..002}.tar" or "x-{a,b}.tar" as the texts it stands for, in order; raises ValueError for a bad range."""
     pieces = re.split(r"\{([^{}]*)\}", text)
     choices = [list(_choices(piece)) if number % 2 else [piece] for number, piece in enumerate(pieces)]
     return ("".join(chosen) for chosen in product(*choices))
@@ -171,5 +180,5 @@ def _query(query: str, *, hide: bool) -> str:
     if hide:
         items = [item if _is_shown(item) else f"{item.partition('=')[0]}={HIDDEN}" for item in items]
     else:
-        items = [item for item in items if not _SIGNING.fullmatch(item.partition('=')[0])]
+        items = [item for item in items if not _SIGNING.fullmatch(item.partition("=")[0])]
     return "&".join(items)

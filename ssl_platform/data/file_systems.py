@@ -40,7 +40,9 @@ def check_protocol(url: Url) -> None:
         fix = f"pip install 'ssl-platform[{extra}]'" if extra else str(error)
         raise ValueError(f"{url}: a package for {url.protocol}:// is missing; {fix}") from error
     except ValueError as error:
-        raise ValueError(f"{url}: '{url.protocol}://' is no protocol that fsspec knows, such as https, s3 or gs") from error
+        raise ValueError(
+            f"{url}: '{url.protocol}://' is no protocol that fsspec knows, such as https, s3 or gs"
+        ) from error
 
 
 async def call(url: Url, name: str, timeout: float, *arguments: Any, **options: Any) -> Any:
@@ -76,8 +78,9 @@ async def _nothing() -> None:
 
 def _settings(family: str, timeout: float) -> dict[str, Any]:
     """What each family of protocols needs beside the user's own settings (fsspec's configuration files, FSSPEC_*)."""
-    own: dict[str, Any] = next((fsspec.config.conf[name] for name in _EXTRAS if name in fsspec.config.conf
-                               and _EXTRAS[name] == family), {})
+    own: dict[str, Any] = next(
+        (fsspec.config.conf[name] for name in _EXTRAS if name in fsspec.config.conf and _EXTRAS[name] == family), {}
+    )
     if family == "http":
         import aiohttp
 
@@ -87,8 +90,8 @@ def _settings(family: str, timeout: float) -> dict[str, Any]:
         headers = {"Accept-Encoding": "identity", **own.get("headers", {})}
         return {"client_kwargs": client, "headers": headers}
     if family == "s3":
-        limits = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 0}}
-        return {"config_kwargs": {**own.get("config_kwargs", {}), **limits}}
+        once = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 0}}
+        return {"config_kwargs": {**own.get("config_kwargs", {}), **once}}
     return {}
 
 

@@ -66,7 +66,7 @@ class Index:
             for folder, names in _expand(each, remote)
             for part in _folder_parts(folder, names, remote)
         ]
-        times = Counter(shard if isinstance(shard, Url) else shard.resolve() for part in parts for shard in part.shards)
+        times = Counter(shard.resolve() for part in parts for shard in part.shards)
         if twice := [str(shard) for shard, count in times.items() if count > 1]:
             raise ValueError(f"{twice[0]}: this shard is given twice in {', '.join(map(str, given))}")
         if not any(len(part.rows) for part in parts):

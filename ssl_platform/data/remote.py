@@ -60,7 +60,9 @@ class Remote:
             with (folder / ".room").open("a"):
                 pass
         except OSError as error:
-            raise ValueError(f"data.cache_dir {folder}: cannot be written ({error.strerror}); set another one") from error
+            raise ValueError(
+                f"data.cache_dir {folder}: cannot be written ({error.strerror}); set another one"
+            ) from error
         transfers = Transfers(self.settings.timeout_seconds, self.settings.retries, stop)
         return ShardCache(folder, int(self.settings.cache_gigabytes * 1e9), self._opened, transfers)
 
@@ -77,7 +79,9 @@ class Remote:
             yield url, [url.name]
             return
         if HIDDEN in url.full:
-            raise ValueError(f"{url}: credentials are left out of saved configurations; give the URL again (data.shards=...)")
+            raise ValueError(
+                f"{url}: credentials are left out of saved configurations; give the URL again (data.shards=...)"
+            )
         check_protocol(url)
         tars: dict[Url, list[str]] = {}
         for text in expand_braces(url.full):

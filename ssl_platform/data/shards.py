@@ -316,7 +316,7 @@ def _loaded(dataset: "MicroBatches | _Preprocessed", workers: int, prefetch: int
         items = iter(loader)
         try:
             for item in items:
-                if isinstance(item, RemoteError):
+                if isinstance(item, RemoteError | Cancelled):
                     raise item
                 yield item
         finally:

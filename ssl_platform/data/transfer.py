@@ -95,7 +95,8 @@ class Transfers:
                     raise IncompleteError(f"{got} bytes came, but {source} {expected}")
             return got
 
-        return self._retried(url, attempt, checked, retries)
+        got: int = self._retried(url, attempt, checked, retries)
+        return got
 
     def _retried(
         self,
@@ -153,7 +154,9 @@ def judge(error: BaseException, url: Url, timeout_seconds: float) -> Problem:
         error = error.__cause__
     status, headers = _status(error)
     if isinstance(error, IncompleteError):
-        return Problem(str(error), "Check that the upload is complete and that index.json belongs to these tars.", False)
+        return Problem(
+            str(error), "Check that the upload is complete and that index.json belongs to these tars.", False
+        )
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return Problem("there is no such file (404)", "Check the address, and that it was uploaded.", True)
     if isinstance(error, PermissionError) or status in (401, 403):
@@ -161,7 +164,9 @@ def judge(error: BaseException, url: Url, timeout_seconds: float) -> Problem:
         return Problem(f"access was refused ({status or 403})", advice + "the permissions.", True)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Problem(
-            "no room on the disk of the cache", "Free some, or set data.cache_dir or a lower data.cache_gigabytes.", True
+            "no room on the disk of the cache",
+            "Free some, or set data.cache_dir or a lower data.cache_gigabytes.",
+            True,
         )
     if isinstance(error, TimeoutError):  # asyncio's and aiohttp's too
         advice = "Check the network and the server; data.timeout_seconds and data.retries make it more patient."
@@ -170,12 +175,14 @@ def judge(error: BaseException, url: Url, timeout_seconds: float) -> Problem:
     if status is not None:
         permanent = 400 <= status < 500 and status not in (408, 425, 429)
         reason = f"the server answered {status} {getattr(error, 'message', '')}".strip()
-        return Problem(url.hide(reason), "Check the server; data.retries sets how often it is asked.", permanent, _wait(headers))
+        advice = "Check the server; data.retries sets how often it is asked."
+        return Problem(url.hide(reason), advice, permanent, _wait(headers))
     passing = isinstance(error, OSError | EOFError) or type(error).__module__.partition(".")[0] in (
         "aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "requests", "urllib3",
     )  # fmt: skip
     permanent = not passing or "Credentials" in type(error).__name__
-    return Problem(f"{type(error).__name__}: {text}".rstrip(": "), "Check the network, the server and the address.", permanent)
+    reason = f"{type(error).__name__}: {text}".rstrip(": ")
+    return Problem(reason, "Check the network, the server and the address.", permanent)
 
 
 def _status(error: BaseException | None) -> tuple[int | None, Any]:
@@ -206,7 +213,7 @@ def _until(date: str) -> float:
     return max((parsedate_to_datetime(date) - datetime.now(UTC)).total_seconds(), 0.0) if date else 0.0
 
 
-class _Progress(Callback):
+class _Progress(Callback):  # type: ignore[misc]  # fsspec has no types
     """Notes when the last bytes came; file systems call it."""
 
     def __init__(self) -> None:
