@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
 
 from pydantic import Field, GetCoreSchemaHandler
-from pydantic_core import CoreSchema, core_schema
+from pydantic_core import CoreSchema, PydanticSerializationUnexpectedValue, core_schema
 
 HIDDEN = "***"
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|pipe:", re.IGNORECASE)
@@ -23,7 +23,7 @@ _SIGNING = re.compile(
 )
 """Keys of a query that change with every signing, and not with what the URL means."""
 _SECRETS_OF_A_COMMAND = re.compile(
-    r"(?i)(?<=://)[^\s/@]+@|(authorization|bearer|token|secret|passw\w*|key)[=: ]+[^\s'\"]+"
+    r"(?i)(?<=://)[^\s/@]+@|(authorization|token|secret|passw\w*|key)[=: ]+((bearer|basic) )?[^\s'\"]+"
 )
 
 
@@ -116,7 +116,7 @@ class Url:
         return core_schema.json_or_python_schema(
             json_schema=text,
             python_schema=core_schema.union_schema([core_schema.is_instance_schema(cls), text]),
-            serialization=core_schema.plain_serializer_function_ser_schema(str),
+            serialization=core_schema.plain_serializer_function_ser_schema(_shown),
         )
 
 
@@ -138,7 +138,7 @@ def location(text: "str | Path | Url") -> "Path | Url":
     """The path or URL that a text stands for."""
     if isinstance(text, Path | Url):
         return text
-    return Url(text) if is_url(text) else Path(local(text))
+    return _validated(text) if is_url(text) else Path(local(text))
 
 
 def expand_braces(text: str) -> Iterator[str]:
@@ -166,7 +166,14 @@ def _choices(inside: str) -> Iterator[str]:
 def _validated(text: str) -> Url:
     if not is_url(text):
         raise ValueError("no URL")
-    return Url(text)
+    protocol, colon, rest = text.partition(":")
+    return Url(protocol.lower() + colon + rest)
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, Url):  # of a union's members, another one's
+        raise PydanticSerializationUnexpectedValue
+    return str(value)
 
 
 def _is_shown(item: str) -> bool:

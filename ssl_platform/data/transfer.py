@@ -171,6 +171,8 @@ def judge(error: BaseException, url: Url, timeout_seconds: float) -> Problem:
     if isinstance(error, TimeoutError):  # asyncio's and aiohttp's too
         advice = "Check the network and the server; data.timeout_seconds and data.retries make it more patient."
         return Problem(f"stalled: not a byte for {timeout_seconds:g} s", advice, False)
+    if type(error).__name__ == "ClientPayloadError":  # aiohttp's; its cause looks like a status of 400
+        return Problem("the connection ended inside the file", "Check the network and the server.", False)
     text = url.hide(" ".join(str(error).split()))[:300]
     if status is not None:
         permanent = 400 <= status < 500 and status not in (408, 425, 429)
