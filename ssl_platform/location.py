@@ -67,6 +67,8 @@ class Url:
         return Url(urlunsplit(parts._replace(path=parts.path.rpartition("/")[0])))
 
     def __truediv__(self, name: str) -> "Url":
+        if self.protocol == "pipe":  # its output is its one shard
+            return self
         if not self._has_query:
             return Url(f"{self.full.rstrip('/')}/{name}")
         parts = urlsplit(self.full)

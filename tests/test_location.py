@@ -84,7 +84,9 @@ words = st.text("abcdefgh0123456789-_.~%+", min_size=3, max_size=12)
 def test_no_secret_survives(user: str, password: str, query: list[tuple[str, str]]) -> None:
     url = Url(f"https://<{user}>:<{password}>@host/x.tar?" + "&".join(f"k{key}=<{value}>" for key, value in query))
     secrets = [f"<{text}>" for text in (user, password, *(value for _, value in query))]
-    said = f"{url} {url!r} {url.parent} {url / 'y'} " + url.hide(f"cannot connect to {url.full}; asked {' '.join(secrets)}")
+    said = f"{url} {url!r} {url.parent} {url / 'y'} " + url.hide(
+        f"cannot connect to {url.full}; asked {' '.join(secrets)}"
+    )
     assert not any(secret in said for secret in secrets)
     plain = Url("https://host/x.tar?" + "&".join(f"k{key}=<{value}>" for key, value in query))
     assert url.key == plain.key, "credentials do not make it another file"

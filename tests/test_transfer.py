@@ -42,7 +42,12 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def fetch(
-    server: Server, folder: Path, size: int | None = len(BODY), retries: int = 3, timeout: float = 0.5, path: str = "x.tar"
+    server: Server,
+    folder: Path,
+    size: int | None = len(BODY),
+    retries: int = 3,
+    timeout: float = 0.5,
+    path: str = "x.tar",
 ) -> tuple[bytes, NoWaiting]:
     stop = NoWaiting()
     url = Url(f"{server.url}/{path}")
@@ -54,7 +59,7 @@ def fetch(
     ("faults", "said"),
     [
         (["stall"], "stalled: not a byte for 0.5 s"),
-        (["reset"], "the connection ended inside the file"),
+        (["reset"], "; trying again in"),
         (["500", "502"], "the server answered 502 Bad Gateway"),
         (["429"], "the server answered 429 Too Many Requests"),
         (["short"], "the connection ended inside the file"),

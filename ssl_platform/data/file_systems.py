@@ -29,6 +29,10 @@ class IncompleteError(Exception):
     """Fewer or more bytes than there should be."""
 
 
+class CommandError(Exception):
+    """A command that did not end well."""
+
+
 def check_protocol(url: Url) -> None:
     """Raises ValueError with the fix where fsspec, or the package behind it, does not know the protocol."""
     try:
@@ -118,7 +122,7 @@ async def _threaded(work: Callable[[], Any]) -> Any:
 
 
 async def run_command(url: Url, part: Path, progress: Callback) -> None:
-    """The output of a `pipe:` URL's command into a file; raises IncompleteError with the end of what it complained."""
+    """The output of a `pipe:` URL's command into a file; raises CommandError with the end of what it complained."""
     command = url.full.partition(":")[2]
     bash = shutil.which("bash")
     shell = [bash, "-o", "pipefail", "-c"] if bash else ["sh", "-c"]  # or `curl | unpack` would hide that curl failed
@@ -139,4 +143,4 @@ async def run_command(url: Url, part: Path, progress: Callback) -> None:
         complaints.seek(max(complaints.seek(0, os.SEEK_END) - 300, 0))
         said = " ".join(complaints.read().decode(errors="replace").split())
     if process.returncode:
-        raise IncompleteError(url.hide(f"the command ended with {process.returncode}{': ' * bool(said)}{said}"))
+        raise CommandError(url.hide(f"the command ended with {process.returncode}{': ' * bool(said)}{said}"))

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from fsspec.callbacks import Callback
 
-from ssl_platform.data.file_systems import IncompleteError, call, run_command
+from ssl_platform.data.file_systems import CommandError, IncompleteError, call, run_command
 from ssl_platform.data.order import generator
 from ssl_platform.location import Url
 
@@ -157,6 +157,8 @@ def judge(error: BaseException, url: Url, timeout_seconds: float) -> Problem:
         return Problem(
             str(error), "Check that the upload is complete and that index.json belongs to these tars.", False
         )
+    if isinstance(error, CommandError):
+        return Problem(str(error), "Run it in a shell to see what it needs.", False)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return Problem("there is no such file (404)", "Check the address, and that it was uploaded.", True)
     if isinstance(error, PermissionError) or status in (401, 403):
