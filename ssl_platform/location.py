@@ -174,7 +174,7 @@ def _validated(text: str) -> Url:
 
 def _shown(value: Any) -> str:
     if not isinstance(value, Url):  # of a union's members, another one's
-        raise PydanticSerializationUnexpectedValue
+        raise PydanticSerializationUnexpectedValue("no URL")
     return str(value)
 
 

@@ -1,4 +1,7 @@
-"""The file systems of fsspec, made new for each call inside the running event loop, and the commands of `pipe:` URLs."""
+"""The file systems of fsspec, made new for each call inside the running event loop, and the commands of `pipe:` URLs.
+
+New, because their sessions survive neither a fork nor the end of a loop, and because credentials are renewed meanwhile.
+"""
 
 import asyncio
 import os
@@ -51,8 +54,8 @@ def check_protocol(url: Url) -> None:
 
 async def call(url: Url, name: str, timeout: float, *arguments: Any, **options: Any) -> Any:
     """`file_system.name(path, ...)` of fsspec, by the file system's coroutine where it has one."""
-    kind = fsspec.get_filesystem_class(url.protocol)
     family = _EXTRAS.get(url.protocol, "")
+    kind = _kind(url.protocol)
     if name == "get_file":
         options |= _GET_OPTIONS.get(family, {})
     path = kind._strip_protocol(url.full)
@@ -74,6 +77,15 @@ async def call(url: Url, name: str, timeout: float, *arguments: Any, **options: 
     finally:
         if session is not None:
             await session.close()
+
+
+def _kind(protocol: str) -> Any:
+    if _EXTRAS.get(protocol) == "gs":
+        # The class that gcsfs registers asks a second API, by gRPC, for the layout of a bucket; gRPC dies of a fork.
+        from gcsfs.core import GCSFileSystem
+
+        return GCSFileSystem
+    return fsspec.get_filesystem_class(protocol)
 
 
 async def _nothing() -> None:

@@ -161,9 +161,11 @@ def judge(error: BaseException, url: Url, timeout_seconds: float) -> Problem:
         return Problem(str(error), "Run it in a shell to see what it needs.", False)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return Problem("there is no such file (404)", "Check the address, and that it was uploaded.", True)
-    if isinstance(error, PermissionError) or status in (401, 403):
+    refused = isinstance(error, PermissionError) or status in (401, 403)
+    if refused or "Credentials" in type(error).__name__:
+        reason = f"access was refused ({status or 403})" if refused else "no credentials were found"
         advice = "Check the credentials (environment, ~/.aws, gcloud, ~/.netrc), whether a signed URL has expired, and "
-        return Problem(f"access was refused ({status or 403})", advice + "the permissions.", True)
+        return Problem(reason, advice + "the permissions.", True)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Problem(
             "no room on the disk of the cache",
@@ -184,7 +186,7 @@ def judge(error: BaseException, url: Url, timeout_seconds: float) -> Problem:
     passing = isinstance(error, OSError | EOFError) or type(error).__module__.partition(".")[0] in (
         "aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "requests", "urllib3",
     )  # fmt: skip
-    permanent = not passing or "Credentials" in type(error).__name__
+    permanent = not passing
     reason = f"{type(error).__name__}: {text}".rstrip(": ")
     return Problem(reason, "Check the network, the server and the address.", permanent)
 
