@@ -1,5 +1,6 @@
 """One file over HTTP from a server that stalls, resets, cuts off and refuses: tried again, or named in the end."""
 
+import errno
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -11,7 +12,7 @@ import pytest
 
 from ssl_platform.data import transfer
 from ssl_platform.data.file_systems import check_protocol
-from ssl_platform.data.transfer import Cancelled, RemoteError, Transfers
+from ssl_platform.data.transfer import Cancelled, RemoteError, Transfers, judge
 from ssl_platform.location import Url
 from tests.misbehaving import Server, served
 
@@ -202,6 +203,12 @@ def test_a_blocking_file_system_that_stalls_is_given_up(tmp_path: Path, monkeypa
     released.set()
     assert late.wait(30) and len(calls) == 2
     assert (tmp_path / "part").read_bytes() == BODY
+
+
+def test_a_full_disk_is_no_reason_to_try_again() -> None:
+    problem = judge(OSError(errno.ENOSPC, "No space left on device"), Url("s3://a/b.tar"), 1)
+    assert problem.permanent and problem.reason == "no room on the disk of the cache"
+    assert problem.advice == "Free some, or set data.cache_dir or a lower data.cache_gigabytes."
 
 
 @pytest.mark.parametrize(

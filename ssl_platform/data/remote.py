@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 NUM_FETCHERS = 2
 """Threads of each worker that fetch ahead."""
+TRY_AGAIN, LOOK_AGAIN = 2.0, 30.0
+"""Seconds until they try again to fetch a file for which there was no room, or look again after one that was here."""
 
 
 def default_cache_dir() -> Path:
@@ -132,7 +134,8 @@ class Remote:
             raise ValueError(str(error).replace(str(entry.folder), str(folder))) from error
         finally:
             self._cache.pin(())
-        self.sizes |= {folder / shard["name"]: shard["bytes"] for shard in about["shards"]}
+        listed = [about["shards"][number] for number in wanted]
+        self.sizes |= {folder / shard["name"]: shard["bytes"] for shard in listed}
         return about, rows, wanted
 
     def _scanned(self, url: Url) -> tuple[dict[str, Any], NDArray[Any], list[int]]:
@@ -219,26 +222,32 @@ class Fetchers:
         self._cache = cache
         self._changed = threading.Condition()
         self._wanted: list[tuple[Url, int | None]] = []
+        self._not_before: dict[Url, float] = {}
         self._closed = False
         self._threads: list[threading.Thread] = []
 
     def want(self, files: Sequence[tuple[Url, int | None]]) -> None:
-        """Replaces what is to be fetched, in this order."""
+        """Replaces what is to be fetched, in this order; to be called again and again."""
         with self._changed:
-            self._wanted = list(files)
-            while len(self._threads) < NUM_FETCHERS:
+            now = time.monotonic()
+            self._not_before = {url: until for url, until in self._not_before.items() if until > now}
+            self._wanted = [(url, size) for url, size in files if url not in self._not_before]
+            while self._wanted and len(self._threads) < NUM_FETCHERS:
                 self._threads.append(threading.Thread(target=self._work, daemon=True, name="fetch ahead"))
                 self._threads[-1].start()
             self._changed.notify_all()
 
     def _work(self) -> None:
         while (next_file := self._next()) is not None:
+            here = False
             try:
-                self._cache.prefetch(*next_file)
+                here = self._cache.prefetch(*next_file)
             except Cancelled:
                 return
             except Exception:  # whoever needs the file gets this error itself
                 logger.debug("fetching ahead failed", exc_info=True)
+            with self._changed:
+                self._not_before[next_file[0]] = time.monotonic() + (LOOK_AGAIN if here else TRY_AGAIN)
 
     def _next(self) -> tuple[Url, int | None] | None:
         with self._changed:

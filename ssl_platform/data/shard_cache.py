@@ -81,6 +81,16 @@ class ShardCache:
 
         Raises RemoteError if it cannot be had, and Cancelled.
         """
+        try:
+            return self._opened(url, size, again)
+        except RemoteError:
+            raise
+        except OSError as error:
+            raise RemoteError(
+                f"{url}: its copy in {self.folder} cannot be used ({error.strerror}). Check that disk, or set data.cache_dir."
+            ) from error
+
+    def _opened(self, url: Url, size: int | None, again: bool) -> int:
         entry = self.entry(url)
         if (file := self._checked(entry, size)) is not None:
             return file

@@ -113,7 +113,7 @@ class MicroBatches(Dataset[Batch]):
         self.rank, self.world_size = rank, world_size
         self.order = Order(index.shard_counts, seed, window_shards)
         self.reader = ShardReader(index, cache_shards)
-        self._window: NDArray[np.int64] | None = None
+        self._windows: list[NDArray[np.int64]] = []
         self._expected: tuple[list[int], list[int]] = [], []
 
     def __len__(self) -> int:
@@ -150,12 +150,15 @@ class MicroBatches(Dataset[Batch]):
         """Has remote shards fetched ahead: those of the windows that these positions are in, and of the next one."""
         if self.reader.remote is None:
             return
-        last = self.order.window(positions[-1])
-        if last is not self._window:  # the order keeps the windows in use
-            current = np.concatenate([self.order.window(positions[0]), last])
-            following = self.order.window(positions[-1] + len(last))
-            self._expected = self.reader.shards_of(current), self.reader.shards_of(following)
-            self._window = last
+        windows = [self.order.window(positions[0]), self.order.window(positions[-1])]
+        if not self._windows or any(new is not old for new, old in zip(windows, self._windows, strict=True)):
+            self._windows, last = windows, windows[-1]
+            following = positions[-1] + len(last) - int(np.argmax(last == self.order[positions[-1]][1]))
+            is_read = following < self.last_step * self.batch_size
+            self._expected = (
+                self.reader.shards_of(np.concatenate(windows)),
+                self.reader.shards_of(self.order.window(following)) if is_read else [],
+            )
         self.reader.expect(*self._expected)
 
     def _sample(
