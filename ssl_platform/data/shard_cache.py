@@ -87,7 +87,7 @@ class ShardCache:
             raise
         except OSError as error:
             raise RemoteError(
-                f"{url}: its copy in {self.folder} cannot be used ({error.strerror}). Check that disk, or set data.cache_dir."
+                f"{url}: no copy can be kept in {self.folder} ({error.strerror}). Check that disk, or set data.cache_dir."
             ) from error
 
     def _opened(self, url: Url, size: int | None, again: bool) -> int:
