@@ -418,8 +418,17 @@ def test_a_cache_that_fails_later_is_no_bad_sample(server: Server, tmp_path: Pat
     shutil.rmtree(tmp_path / "cache")
     (tmp_path / "cache").write_text("")
     reader = ShardReader(index, 4)
-    with pytest.raises(ValueError, match=r"data.cache_dir .*cache: cannot be written \(File exists\)"):
-        reader.read(0)
+    for _ in range(2):
+        with pytest.raises(RemoteError, match=r"data.cache_dir .*cache: cannot be written \(File exists\)"):
+            reader.read(0)
+    (tmp_path / "cache").unlink()
+    reader.read(0)
+    shutil.rmtree(tmp_path / "cache")
+    (tmp_path / "cache").write_text("")
+    with pytest.raises(
+        RemoteError, match=r"shard-000002.tar: no copy can be kept in .*cache \(Not a directory\). Check"
+    ):
+        reader.read(99)
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------

@@ -55,14 +55,14 @@ class Remote:
         self._cache = self.cache(threading.Event())
 
     def cache(self, stop: Stop) -> ShardCache:
-        """The cache for one process; transfers in it end soon after `stop` is set. Raises ValueError if it is of no use."""
+        """The cache for one process; transfers in it end soon after `stop` is set. Raises RemoteError if it is of no use."""
         folder = self.settings.cache_dir
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with (folder / ".room").open("a"):
                 pass
         except OSError as error:
-            raise ValueError(
+            raise RemoteError(
                 f"data.cache_dir {folder}: cannot be written ({error.strerror}); set another one"
             ) from error
         transfers = Transfers(self.settings.timeout_seconds, self.settings.retries, stop)
@@ -202,9 +202,9 @@ class RemoteReader:
     def _begun(self) -> ShardCache:
         """The cache of this process: threads, locks and event loops do not survive a fork."""
         if self._process != os.getpid():
-            self._process = os.getpid()
             self._cache = self._remote.cache(self._stop)
             self._fetchers = Fetchers(self._cache)
+            self._process = os.getpid()
         return self._cache
 
     def close(self) -> None:
