@@ -205,6 +205,51 @@ def test_one_fetch_for_many_threads(server: Server, tmp_path: Path) -> None:
     assert server.tars() == {"shard-000000.tar": 1}
 
 
+def test_an_index_pushes_no_shards_out(server: Server, tmp_path: Path) -> None:
+    ShardReader(skin(server, tmp_path), 4).read(0)
+    skin(server, tmp_path, cache_gigabytes=1e-6)  # as in a configuration with a slip of the pen
+    assert cached(tmp_path) == ["index.json", "index.npy", "shard-000000.tar"]
+
+
+def test_readers_that_come_and_go_and_die(tmp_path: Path) -> None:
+    """Four processes open files at random from a cache with room for three of eight, and one is killed on the way."""
+    bodies = [bytes([number]) * (4000 + number) for number in range(8)]
+    (tmp_path / "served").mkdir()
+    for number, body in enumerate(bodies):
+        (tmp_path / f"served/{number}.tar").write_bytes(body)
+    with served(tmp_path / "served") as server:
+        begun = fork.Barrier(4)
+
+        def work(seed: int) -> None:
+            rng = np.random.default_rng(seed)
+            cache = ShardCache(tmp_path / "cache", 12_500, time.time(), Transfers(20, 3, threading.Event()))
+            begun.wait(30)
+            for _ in range(10_000 if seed == 0 else 25):
+                number = int(rng.integers(8))
+                if rng.random() < 0.3:
+                    cache.pin([Url(f"{server.url}/{rng.integers(8)}.tar")])
+                if rng.random() < 0.3:
+                    cache.prefetch(Url(f"{server.url}/{rng.integers(8)}.tar"), None)
+                file = cache.open(Url(f"{server.url}/{number}.tar"), len(bodies[number]))
+                assert os.pread(file, 10_000, 0) == bodies[number]
+                os.close(file)
+
+        started = [fork.Process(target=work, args=(seed,), daemon=True) for seed in range(4)]
+        for process in started:
+            process.start()
+        started[1].join(60)
+        os.kill(started[0].pid or 0, signal.SIGKILL)
+        for process in started:
+            process.join(60)
+        assert [process.exitcode for process in started] == [-signal.SIGKILL, 0, 0, 0]
+        cache = ShardCache(tmp_path / "cache", 12_500, time.time(), Transfers(20, 3, threading.Event()))
+        for number in range(8):
+            os.close(cache.open(Url(f"{server.url}/{number}.tar")))
+    assert leftovers(tmp_path) == []
+    held = list((tmp_path / "cache").glob("*/*.tar"))
+    assert len(held) == 3 and all(path.read_bytes() == bodies[int(path.stem)] for path in held)
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 

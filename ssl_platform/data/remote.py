@@ -72,6 +72,10 @@ class Remote:
 
     def expand(self, url: Url) -> Iterator[tuple[Url, list[str] | None]]:
         """The (folder, names of tars) that a URL or pattern stands for; None = all of the folder."""
+        if HIDDEN in url.full:
+            raise ValueError(
+                f"{url}: credentials are left out of saved configurations; give the URL again (data.shards=...)"
+            )
         if url.protocol == "pipe":
             if not self.settings.allow_pipe:
                 raise ValueError(
@@ -80,10 +84,6 @@ class Remote:
                 )
             yield url, [url.name]
             return
-        if HIDDEN in url.full:
-            raise ValueError(
-                f"{url}: credentials are left out of saved configurations; give the URL again (data.shards=...)"
-            )
         check_protocol(url)
         tars: dict[Url, list[str]] = {}
         for text in expand_braces(url.full):
@@ -115,7 +115,7 @@ class Remote:
         try:
             os.close(self._cache.open(index, again=True))
         except RemoteError as error:
-            if "(404)" not in str(error) and "(403)" not in str(error):
+            if not error.missing:
                 raise
             raise ValueError(
                 f"{error} Remote shards are read by the index beside them: upload index.json and index.npy of the packed "

@@ -34,6 +34,9 @@ _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "Content-MD5", "Digest", "
 class RemoteError(OSError):
     """A remote file that cannot be had: names it, the number of tries, the last reason and what to check."""
 
+    missing = False
+    """Whether the server says that there is none, or will not say."""
+
 
 class Cancelled(Exception):
     """The reader that wanted the file was closed."""
@@ -118,7 +121,9 @@ class Transfers:
                 problem = judge(error, url, self.timeout_seconds)
                 if problem.permanent or number > retries:
                     tries = "1 try" if number == 1 else f"{number} tries"
-                    raise RemoteError(f"{url}: {problem.reason} ({tries}). {problem.advice}") from None
+                    failure = RemoteError(f"{url}: {problem.reason} ({tries}). {problem.advice}")
+                    failure.missing = problem.missing
+                    raise failure from None
             wait = min(FIRST_WAIT * 2 ** (number - 1), LONGEST_WAIT) * float(rng.uniform(0.5, 1))
             wait = max(wait, min(problem.wait, LONGEST_WAIT))
             logger.warning("%s: %s; trying again in %.1f s (%d of %d)", url, problem.reason, wait, number, retries)
@@ -146,6 +151,7 @@ class Problem(NamedTuple):
     permanent: bool
     wait: float = 0
     """Seconds for which the server asked."""
+    missing: bool = False
 
 
 def judge(error: BaseException, url: Url, timeout_seconds: float) -> Problem:
@@ -160,12 +166,14 @@ def judge(error: BaseException, url: Url, timeout_seconds: float) -> Problem:
     if isinstance(error, CommandError):
         return Problem(str(error), "Run it in a shell to see what it needs.", False)
     if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return Problem("there is no such file (404)", "Check the address, and that it was uploaded.", True)
+        return Problem(
+            "there is no such file (404)", "Check the address, and that it was uploaded.", True, missing=True
+        )
     refused = isinstance(error, PermissionError) or status in (401, 403)
     if refused or "Credentials" in type(error).__name__:
         reason = f"access was refused ({status or 403})" if refused else "no credentials were found"
         advice = "Check the credentials (environment, ~/.aws, gcloud, ~/.netrc), whether a signed URL has expired, and "
-        return Problem(reason, advice + "the permissions.", True)
+        return Problem(reason, advice + "the permissions.", True, missing=refused)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return Problem(
             "no room on the disk of the cache",
