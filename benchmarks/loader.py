@@ -25,6 +25,7 @@ from torchvision.transforms import v2
 
 from ssl_platform.config import plugin_class
 from ssl_platform.data.index import Index
+from ssl_platform.data.order import Order
 from ssl_platform.data.reading import ShardReader
 from ssl_platform.data.shards import MicroBatches
 from ssl_platform.masks.block import Config as BlockMasks
@@ -111,7 +112,8 @@ def measure(modality_name: str, size: int, rounds: int, folder: Path) -> list[di
     index = Index.open(folder)
     modality = plugin_class("ssl_platform.modalities", modality_name)().build(None)  # type: ignore[attr-defined]
     settings: dict[str, Any] = {"seed": 0, "batch_size": BATCH, "first_step": 0, "last_step": rounds + 1}
-    ours = MicroBatches(index, modality, {"block": BlockMasks().build()}, window_shards=1, cache_shards=1, **settings)
+    masks, order = {"block": BlockMasks().build()}, Order.of_shards(index.shard_counts, seed=0, window_shards=1)
+    ours = MicroBatches(index, modality, masks, order=order, cache_shards=1, **settings)
     plain = Plain(ShardReader(index, 1))
     ours[0], plain.batch(range(BATCH))  # imports and caches
     clocks = {"ssl_platform": Clock(), "torchvision, PIL": Clock()}

@@ -17,8 +17,10 @@ from torch.nn import functional
 from eval_protocols.metrics import Integers
 from eval_protocols.splits import Samples, match
 from ssl_platform.data.index import Index
+from ssl_platform.data.remote import RemoteSettings, default_cache_dir
 from ssl_platform.data.shards import preprocessed
 from ssl_platform.encoder import Encoder
+from ssl_platform.location import location
 
 PIXEL_LIMIT = 3 * 64 * 64
 """Numbers per sample that the pixel baseline keeps; larger views are averaged over squares first."""
@@ -140,10 +142,10 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--checkpoint", type=Path, required=True, metavar="PATH", help="run folder (its latest), checkpoint or export"
     )
-    shards = "labelled shards: folders, tars or quoted patterns such as 'shards/train-*.tar'"
-    group.add_argument("--train", type=Path, nargs="+", required=True, metavar="SHARDS", help=shards)
+    shards = "labelled shards: folders, tars or quoted patterns such as 'shards/train-*.tar'; URLs too"
+    group.add_argument("--train", type=location, nargs="+", required=True, metavar="SHARDS", help=shards)
     group.add_argument(
-        "--test", type=Path, nargs="+", required=True, metavar="SHARDS", help="the same, to be predicted"
+        "--test", type=location, nargs="+", required=True, metavar="SHARDS", help="the same, to be predicted"
     )
     group.add_argument(
         "--network", default="teacher", metavar="NAME", help="which network of the checkpoint (%(default)s)"
@@ -161,6 +163,16 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--workers", type=int, default=2, metavar="N", help="processes that read and preprocess (%(default)s)"
     )
+    group.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=default_cache_dir(),
+        metavar="DIR",
+        help="where copies of shards behind URLs are kept (%(default)s)",
+    )
+    group.add_argument(
+        "--cache-gigabytes", type=float, default=50.0, metavar="N", help="so much of it at most (%(default)s)"
+    )
     group.add_argument("--device", help="such as cpu or cuda:1 (a GPU if there is one)")
     group.add_argument("--seed", type=int, default=0, help="of the resampling (%(default)s)")
 
@@ -168,7 +180,8 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 def read_features(arguments: argparse.Namespace) -> Extracted:
     """Extracts what `add_input_arguments` asks for; raises ValueError if that cannot be scored."""
     device = choose_device(arguments.device)
-    indexes = Index.open(arguments.train), Index.open(arguments.test)
+    remote = RemoteSettings(cache_dir=arguments.cache_dir, cache_gigabytes=arguments.cache_gigabytes)
+    indexes = Index.open(arguments.train, remote), Index.open(arguments.test, remote)
     match(*indexes)  # complains before anything slow
     encoder = Encoder.load(arguments.checkpoint, network=arguments.network).to(device)
     networks: dict[str, Callable[[Tensor], Tensor]] = {arguments.network: lambda views: encoder(views).cls}

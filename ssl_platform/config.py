@@ -14,6 +14,8 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, ValidationInfo
 from pydantic.fields import FieldInfo
 
+from ssl_platform.location import Url, is_url, local
+
 
 class ConfigError(Exception):
     """Everything that is wrong with a configuration, one readable line each."""
@@ -171,10 +173,11 @@ def resolve_paths(kind: type[Config], data: dict[str, Any], folder: Path) -> dic
     resolved = dict(data)
     for key, field in kind.model_fields.items():
         value = data.get(key)
-        if isinstance(value, str) and _holds_paths(field.annotation):
-            resolved[key] = _under(folder, value)
-        elif isinstance(value, list) and _holds_paths(field.annotation):
-            resolved[key] = [_under(folder, item) if isinstance(item, str) else item for item in value]
+        urls = _holds(Url, field.annotation)
+        if isinstance(value, str) and _holds(Path, field.annotation):
+            resolved[key] = _under(folder, value, urls)
+        elif isinstance(value, list) and _holds(Path, field.annotation):
+            resolved[key] = [_under(folder, item, urls) if isinstance(item, str) else item for item in value]
         elif isinstance(value, dict) and (inner := _section(field, value)) is not None:
             resolved[key] = resolve_paths(inner, value, folder)
         elif isinstance(value, dict):  # a map of sections
@@ -187,9 +190,11 @@ def resolve_paths(kind: type[Config], data: dict[str, Any], folder: Path) -> dic
     return resolved
 
 
-def _under(folder: Path, path: str) -> str:
+def _under(folder: Path, path: str, urls: bool) -> str:
     """A path of the file's folder, without `..`: it is shown in logs and kept in the saved configuration."""
-    return os.path.normpath(folder / Path(path).expanduser())
+    if urls and is_url(path):
+        return path
+    return os.path.normpath(folder / Path(local(path) if urls else path).expanduser())
 
 
 def _override(kind: type[Config], data: dict[str, Any], override: str) -> None:
@@ -319,5 +324,5 @@ def _allows(kind: type[Config], key: str, value: Any) -> bool:
     return field is not None and get_origin(field.annotation) is Literal and value in get_args(field.annotation)
 
 
-def _holds_paths(annotation: Any) -> bool:
-    return annotation is Path or any(_holds_paths(argument) for argument in get_args(annotation))
+def _holds(kind: type, annotation: Any) -> bool:
+    return annotation is kind or any(_holds(kind, argument) for argument in get_args(annotation))

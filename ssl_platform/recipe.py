@@ -227,7 +227,13 @@ def _check_uses(recipe: Recipe, name: str, objective: Any) -> list[str]:
 
 def open_index(recipe: Recipe) -> Index:
     """The training shards."""
-    return open_shards(recipe.data.shards, recipe.data.sources)
+    index = open_shards(recipe.data.shards, recipe.data.sources, recipe.data.remote())
+    if index.remote is not None:
+        try:
+            index.remote.check_room(recipe.data.window_shards)
+        except ValueError as error:
+            raise ConfigError([f"data.{error}"]) from error
+    return index
 
 
 def open_order(recipe: Recipe, index: Index) -> Order:

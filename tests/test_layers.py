@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    {"config", "distributed"},
+    {"config", "distributed", "location"},
     {"log", "optim", "views", "patch_embed", "progress"},
     {"masks", "backbones", "heads", "checkpoint", "run_lock"},
     {"modalities"},
@@ -52,7 +52,9 @@ def test_imports_point_down(path: Path) -> None:
 
 
 def test_evaluation_uses_only_the_encoders_surface() -> None:
-    allowed = {f"ssl_platform.{name}" for name in ("encoder", "data", "config", "log", "modalities", "backbones")}
+    allowed = {
+        f"ssl_platform.{name}" for name in ("encoder", "data", "config", "location", "log", "modalities", "backbones")
+    }
     for path in (ROOT / "eval_protocols").glob("*.py"):
         used = {name for name in imported(path) if name.startswith("ssl_platform.")}
         assert used - {"ssl_platform.__version__"} <= allowed, path

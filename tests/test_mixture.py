@@ -220,9 +220,11 @@ def test_windows_to_fetch_and_those_to_fetch_next(
     index = indexed(shard_counts, labels=[0, 1, 1])
     order = mixed(index, seed, window, balance=["label"] + [None] * (len(shard_counts) - 1))
     positions = range(first, first + num_positions)
-    current, following = order.windows(positions)
+    current, following = order.windows(positions, end=10**9)
+    nothing_after = order.windows(positions, end=first + num_positions)[1]
     assert {order[position][1] for position in positions} <= set(current.tolist())
     assert set(current.tolist()) == {sample for position in positions for sample in order.window(position).tolist()}
+    assert set(nothing_after.tolist()) <= set(current.tolist()), "what begins before the end is one of these positions"
     for position in positions:
         pool, place = order._pool(position)
         begin, samples = pool.window_at(place)

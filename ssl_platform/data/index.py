@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_platform.data.index_files import open_folder
+from ssl_platform.data.remote import Remote, RemoteSettings
+from ssl_platform.location import Url, location
 
 
 class Sample(NamedTuple):
@@ -30,7 +32,9 @@ class Sample(NamedTuple):
 class Index:
     """The samples of one or more tar shards. Sample ids count through the shards in their order, from 0."""
 
-    def __init__(self, parts: Sequence["_Part"]) -> None:
+    def __init__(self, parts: Sequence["_Part"], remote: Remote | None = None) -> None:
+        self.remote = remote
+        """How the shards that are URLs are read; None if all are files."""
         self.shards = [shard for part in parts for shard in part.shards]
         counts = np.array([count for part in parts for count in part.counts], dtype=np.int64)
         self.shard_ranges: NDArray[np.int64] = np.stack([np.cumsum(counts) - counts, np.cumsum(counts)], axis=1)
@@ -48,28 +52,41 @@ class Index:
         self._first_shards: list[int] = np.cumsum([0] + [len(part.shards) for part in parts]).tolist()
 
     @classmethod
-    def open(cls, shards: Path | Sequence[Path]) -> "Index":
+    def open(
+        cls, shards: str | Path | Url | Sequence[str | Path | Url], settings: RemoteSettings | None = None
+    ) -> "Index":
         """Opens a packed folder, a folder of tars made elsewhere, a tar, a glob pattern of tars, or several of these.
 
-        Tars without an index are scanned once; the scan is kept beside them where the folder is writable.
+        Tars without an index are scanned once; the scan is kept beside them where the folder is writable. URLs stand for
+        the same, with their index beside them; `settings` say how they are fetched.
         Raises ValueError that names the file and the fix, if one is missing, damaged or has changed.
         """
-        given = [shards] if isinstance(shards, Path) else list(shards)
-        parts = [part for path in given for folder, names in _expand(path) for part in _folder_parts(folder, names)]
+        given = [location(each) for each in ([shards] if isinstance(shards, str | Path | Url) else shards)]
+        remote = Remote(settings or RemoteSettings()) if any(isinstance(each, Url) for each in given) else None
+        parts = [
+            part
+            for each in given
+            for folder, names in _expand(each, remote)
+            for part in _folder_parts(folder, names, remote)
+        ]
         times = Counter(shard.resolve() for part in parts for shard in part.shards)
         if twice := [str(shard) for shard, count in times.items() if count > 1]:
             raise ValueError(f"{twice[0]}: this shard is given twice in {', '.join(map(str, given))}")
         if not any(len(part.rows) for part in parts):
             raise ValueError(f"{', '.join(map(str, given)) or 'the list of shards'}: there is no sample in it")
-        return cls(parts)
+        return cls(parts, remote)
 
     @classmethod
     def joined(cls, sources: Mapping[str, "Index"]) -> "Index":
         """The samples of all sources, one after the other; raises ValueError if a shard is in two of them."""
-        index = cls([part for source in sources.values() for part, _, _ in source._parts])
+        remotes = [source.remote for source in sources.values() if source.remote is not None]
+        for other_remote in remotes[1:]:
+            remotes[0].sizes |= other_remote.sizes
+        parts = [part for source in sources.values() for part, _, _ in source._parts]
+        index = cls(parts, remotes[0] if remotes else None)
         firsts = np.cumsum([0] + [source.num_shards for source in sources.values()]).tolist()
         index.sources = {name: range(firsts[i], firsts[i + 1]) for i, name in enumerate(sources)}
-        owner: dict[Path, str] = {}
+        owner: dict[Path | Url, str] = {}
         for name, source in sources.items():
             for shard in source.shards:
                 if (other := owner.setdefault(shard.resolve(), name)) != name:
@@ -188,7 +205,7 @@ class Index:
 class _Part(NamedTuple):
     """Consecutive shards of one folder."""
 
-    shards: list[Path]
+    shards: list[Path | Url]
     counts: list[int]
     rows: NDArray[Any]
     first_shard: int
@@ -220,8 +237,11 @@ def _part_column(part: _Part, name: str, named: bool) -> tuple[NDArray[np.int64]
     return codes, names
 
 
-def _expand(path: Path) -> list[tuple[Path, list[str] | None]]:
+def _expand(path: Path | Url, remote: Remote | None) -> Sequence[tuple[Path | Url, list[str] | None]]:
     """The (folder, names of tars) that a path or pattern stands for; None = all of the folder."""
+    if isinstance(path, Url):
+        assert remote is not None
+        return list(remote.expand(path))
     if path.is_dir():
         return [(path, None)]
     if path.is_file():
@@ -236,13 +256,18 @@ def _expand(path: Path) -> list[tuple[Path, list[str] | None]]:
     raise ValueError(f"{path}: no such file or folder; expected a folder of tars, a tar, or a pattern such as x/*.tar")
 
 
-def _folder_parts(folder: Path, names: list[str] | None) -> list[_Part]:
-    about, rows, wanted = open_folder(folder, names)
+def _folder_parts(folder: Path | Url, names: list[str] | None, remote: Remote | None) -> list[_Part]:
+    if isinstance(folder, Url):
+        assert remote is not None
+        about, rows, wanted = remote.open_folder(folder, names)
+    else:
+        folder = folder.absolute()
+        about, rows, wanted = open_folder(folder, names)
     counts = [shard["samples"] for shard in about["shards"]]
     firsts = np.cumsum([0, *counts]).tolist()
     return [
         _Part(
-            shards=[folder.absolute() / about["shards"][shard]["name"] for shard in run],
+            shards=[folder / about["shards"][shard]["name"] for shard in run],
             counts=counts[run.start : run.stop],
             rows=rows[firsts[run.start] : firsts[run.stop]],
             first_shard=run.start,

@@ -61,6 +61,24 @@ def open_folder(folder: Path, names: Sequence[str] | None) -> tuple[dict[str, An
     return about, rows, wanted
 
 
+def open_fetched(
+    folder: Path, about: dict[str, Any], names: Sequence[str] | None
+) -> tuple[dict[str, Any], NDArray[Any], list[int]]:
+    """The same of a folder that holds only the index, whose shards lie elsewhere."""
+    rows = _read_rows(folder, about)
+    if bad := sorted(name for name in _shard_names(about) if not is_plain(name)):
+        raise ValueError(f"{folder / 'index.json'}: {bad[0]!r} is no name of a shard in this folder")
+    if unknown := {*(names or [])} - _shard_names(about):
+        raise ValueError(f"{folder / min(unknown)}: not in the index.json beside it; upload the index that lists it")
+    places = {shard["name"]: place for place, shard in enumerate(about["shards"])}
+    return about, rows, sorted(places[name] for name in (places if names is None else names))
+
+
+def is_plain(name: str) -> bool:
+    """Whether it is a file's name, and not the way to one in another folder."""
+    return bool(name) and not name.startswith(".") and not {"/", "\\", "\0"} & {*name}
+
+
 def index_folder(
     folder: Path, names: Sequence[str], known: Mapping[str, ShardScan] | None = None, left_out: Sequence[str] = ()
 ) -> tuple[dict[str, Any], NDArray[Any]]:

@@ -14,6 +14,9 @@ from ssl_platform.config import Config, ConfigError
 from ssl_platform.data.index import Index
 from ssl_platform.data.index_files import smallest_type
 from ssl_platform.data.order import Cap, Order, Pool, Source
+from ssl_platform.data.remote import RemoteSettings
+from ssl_platform.data.transfer import RemoteError
+from ssl_platform.location import Location, Url
 
 _MAX_WEIGHT_RATIO = 1_000_000
 
@@ -21,7 +24,7 @@ _MAX_WEIGHT_RATIO = 1_000_000
 class SourceConfig(Config):
     """One source of a mixture."""
 
-    shards: Path | list[Path]
+    shards: Location | list[Location]
     """As data.shards."""
     weight: float = Field(default=1.0, gt=0)
     """Of two sources, that with twice the weight gives twice the samples, whatever their sizes."""
@@ -50,22 +53,26 @@ def mixture_problems(sources: Mapping[str, SourceConfig]) -> list[str]:
     return lines
 
 
-def open_shards(shards: Path | list[Path] | None, sources: Mapping[str, SourceConfig]) -> Index:
+def open_shards(
+    shards: Path | Url | list[Path | Url] | None,
+    sources: Mapping[str, SourceConfig],
+    remote: RemoteSettings | None = None,
+) -> Index:
     """The index of `data.shards`, or of all `data.sources` joined; raises ConfigError with every problem found.
 
     Here and below sources are in the order of their names, so the order of a file's lines does not matter.
     """
     if shards is not None:
         try:
-            return Index.open(shards)
-        except ValueError as error:
+            return Index.open(shards, remote)
+        except (ValueError, RemoteError) as error:
             raise ConfigError([f"data.shards: {error}"]) from error
     opened: dict[str, Index] = {}
     lines = []
     for name, source in sorted(sources.items()):
         try:
-            opened[name] = Index.open(source.shards)
-        except ValueError as error:
+            opened[name] = Index.open(source.shards, remote)
+        except (ValueError, RemoteError) as error:
             lines.append(f"data.sources.{name}.shards: {error}")
             continue
         lines += [f"data.sources.{name}.{problem}" for problem in _column_problems(opened[name], source)]

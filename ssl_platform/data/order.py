@@ -73,20 +73,28 @@ class Order:
         pool, place = self._pool(position)
         return pool.window(place)
 
-    def windows(self, positions: Iterable[int]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def windows(self, positions: Iterable[int], end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The samples of all windows that `positions` are in, and those of the window that follows each in its pool.
 
         For whoever fetches ahead: in a mixture, positions in a row are in windows of several sources and classes.
+        Windows that begin at or after the position `end` are left out.
         """
         current: dict[tuple[int, int], NDArray[np.int64]] = {}
-        following: dict[tuple[int, int], NDArray[np.int64]] = {}
+        following: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
         for position in positions:
             pool, place = self._pool(position)
             first, window = pool.window_at(place)
             if (id(pool), first) not in current:
                 current[id(pool), first] = window
-                following[id(pool), first] = pool.window(first + len(window))
-        return np.concatenate([*current.values()]), np.concatenate([*following.values()])
+                if first + len(window) < self._places(position, end):
+                    following.append(pool.window(first + len(window)))
+        return np.concatenate([*current.values()]), np.concatenate(following)
+
+    def _places(self, position: int, end: int) -> int:
+        """How many places of the pool of `position` come before the position `end`."""
+        source, turn = self._turns[position]
+        number, _ = self._pool_turns[source][turn]
+        return self._pool_turns[source].counts(self._turns.counts(end)[source])[number]
 
     def drawn(self, position: int) -> dict[str, int]:
         """How many samples of each source come before `position`."""

@@ -20,6 +20,9 @@ from ssl_platform.data.index import Index
 from ssl_platform.data.mixture import SourceConfig, mixture_problems
 from ssl_platform.data.order import Order, generator, micro_batch_positions
 from ssl_platform.data.reading import BadSampleError, ShardReader, decoded, reason
+from ssl_platform.data.remote import RemoteSettings, default_cache_dir
+from ssl_platform.data.transfer import Cancelled, RemoteError
+from ssl_platform.location import Location
 from ssl_platform.masks import Masks
 from ssl_platform.modalities import Filtered, Modality
 from ssl_platform.views import Batch, SampleViews, collate
@@ -30,13 +33,16 @@ MAX_SUBSTITUTES = 20
 """So many bad samples in a row at one position are not chance: the run stops."""
 MAX_FILTERED = 1000
 """Likewise of samples that a filter leaves out."""
+NUM_AHEAD = 2
+"""Remote shards that evaluation has fetched before it reads them."""
 
 
 class DataConfig(Config):
     """Which samples a run sees, in which order, and how they are read."""
 
-    shards: Path | list[Path] | None = None
-    """A folder that ssl-pack made, a folder of WebDataset tars, a tar, a pattern such as `x/*.tar`, or a list."""
+    shards: Location | list[Location] | None = None
+    """A folder that ssl-pack made, a folder of WebDataset tars, a tar, a pattern such as `x/*.tar`, or a list; each may be
+    a URL (https://, s3://, gs://, ...)."""
     sources: dict[str, SourceConfig] = {}
     """In place of `shards`, a mixture: {name: {shards, weight, balance, max_per_group}}."""
     window_shards: int = Field(default=16, ge=1)
@@ -54,6 +60,18 @@ class DataConfig(Config):
     """Unreadable samples are replaced and logged; the run stops when there were more than this many different ones."""
     companions: plugin("ssl_platform.data.companions") | None = None  # type: ignore[valid-type]
     """Other samples that each sample's augmentation gets to see (donors, pairs), for the objectives that need them."""
+    cache_dir: Path | None = None
+    """Where copies of remote shards are kept, for all processes of a node and for later runs: a fast local disk. None = in
+    the user's cache folder (~/.cache/ssl_platform/shards)."""
+    cache_gigabytes: float = Field(default=50.0, gt=0)
+    """So much of it at most (10^9 bytes); what was not used for longest makes room."""
+    timeout_seconds: float = Field(default=30.0, gt=0)
+    """A transfer that gets no byte for so long has stalled."""
+    retries: int = Field(default=7, ge=0)
+    """Tries after the first, with growing pauses (about two minutes in all), before a shard that cannot be had ends the
+    run."""
+    allow_pipe: bool = False
+    """Whether `pipe:COMMAND` in `shards` may run its command in a shell."""
 
     @model_validator(mode="after")
     def _check(self) -> "DataConfig":
@@ -70,6 +88,16 @@ class DataConfig(Config):
         if lines:
             raise ValueError(ConfigError(lines))
         return self
+
+    def remote(self) -> RemoteSettings:
+        """What the readers of remote shards take."""
+        return RemoteSettings(
+            cache_dir=self.cache_dir or default_cache_dir(),
+            cache_gigabytes=self.cache_gigabytes,
+            timeout_seconds=self.timeout_seconds,
+            retries=self.retries,
+            allow_pipe=self.allow_pipe,
+        )
 
 
 class MicroBatches(Dataset[Batch]):
@@ -112,6 +140,7 @@ class MicroBatches(Dataset[Batch]):
             rank=self.rank,
             world_size=self.world_size,
         )
+        self._expect(positions)
         replaced: list[str] = []
         filtered: list[str] = []
         with _reproducible():
@@ -127,6 +156,13 @@ class MicroBatches(Dataset[Batch]):
                 filtered=len(filtered),
             )
             return self._with_masks(batch, first=positions.start - step * self.batch_size)
+
+    def _expect(self, positions: range) -> None:
+        """Has remote shards fetched ahead: those of the windows that these positions are in, and of the next one."""
+        if self.reader.remote is None:
+            return
+        current, following = self.order.windows(positions, self.last_step * self.batch_size)
+        self.reader.expect(self.reader.shards_of(current), self.reader.shards_of(following))
 
     def _sample(
         self, position: int, replaced: list[str], filtered: list[str]
@@ -203,12 +239,17 @@ class _Preprocessed(Dataset[tuple[Tensor, Tensor]]):
     ) -> None:
         self.modality, self.ids, self.batch_size = modality, ids, batch_size
         self.reader = ShardReader(index, cache_shards=32)
+        self._shards = [] if self.reader.remote is None else self.reader.shards_of(np.asarray(ids))
 
     def __len__(self) -> int:
         return -(-len(self.ids) // self.batch_size)
 
     def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
         ids = [int(sample) for sample in self.ids[number * self.batch_size : (number + 1) * self.batch_size]]
+        if self.reader.remote is not None:
+            current = self.reader.shards_of(np.array(ids))
+            next_shard = self._shards.index(current[-1]) + 1
+            self.reader.expect(current, self._shards[next_shard : next_shard + NUM_AHEAD])
         with _reproducible():
             return torch.stack([self._view(sample) for sample in ids]), torch.tensor(ids)
 
@@ -250,9 +291,25 @@ def _reproducible() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def _loaded(dataset: Dataset[Item], workers: int, prefetch: int) -> Generator[Item, None, None]:
+class _Reported(Dataset[Any]):
+    """The items of a dataset, or the error that ends the run: raised in a worker, its text would be a traceback."""
+
+    def __init__(self, dataset: "MicroBatches | _Preprocessed") -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self.dataset[number]
+        except (RemoteError, Cancelled) as error:
+            return error
+
+
+def _loaded(dataset: "MicroBatches | _Preprocessed", workers: int, prefetch: int) -> Generator[Any, None, None]:
     loader = DataLoader(
-        dataset,
+        _Reported(dataset),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
@@ -262,9 +319,17 @@ def _loaded(dataset: Dataset[Item], workers: int, prefetch: int) -> Generator[It
         generator=torch.Generator(),  # or it would draw from the global RNG
     )
     try:
-        yield from loader  # the workers end when this generator is closed
+        items = iter(loader)
+        try:
+            for item in items:
+                if isinstance(item, RemoteError | Cancelled):
+                    raise item
+                yield item
+        finally:
+            dataset.reader.close()  # before the workers end, which wait for their transfers
+            del items  # the workers end when this generator is closed
     except Exception as error:
-        if not workers:
+        if not workers or isinstance(error, RemoteError):
             raise
         # The frames of this traceback hold the workers, in a cycle in which their end takes them many seconds; the
         # traceback in the worker is in the error's text.

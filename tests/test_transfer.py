@@ -1,0 +1,224 @@
+"""One file over HTTP from a server that stalls, resets, cuts off and refuses: tried again, or named in the end."""
+
+import errno
+import threading
+from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from pathlib import Path
+
+import fsspec
+import pytest
+
+from ssl_platform.data import transfer
+from ssl_platform.data.file_systems import check_protocol
+from ssl_platform.data.transfer import Cancelled, RemoteError, Transfers, judge
+from ssl_platform.location import Url
+from tests.misbehaving import Server, served
+
+BODY = bytes(range(256)) * 2000
+
+
+class NoWaiting:
+    """Notes the pauses between tries and does not make them."""
+
+    def __init__(self) -> None:
+        self.waits: list[float] = []
+
+    def is_set(self) -> bool:
+        return False
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.waits.append(timeout or 0)
+        return False
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    (tmp_path / "served").mkdir()
+    (tmp_path / "served/x.tar").write_bytes(BODY)
+    with served(tmp_path / "served") as server:
+        yield server
+
+
+def fetch(
+    server: Server,
+    folder: Path,
+    size: int | None = len(BODY),
+    retries: int = 3,
+    timeout: float = 0.5,
+    path: str = "x.tar",
+) -> tuple[bytes, NoWaiting]:
+    stop = NoWaiting()
+    url = Url(f"{server.url}/{path}")
+    assert Transfers(timeout, retries, stop).download(url, folder / "part", size) == len(BODY)
+    return (folder / "part").read_bytes(), stop
+
+
+@pytest.mark.parametrize(
+    ("faults", "said"),
+    [
+        (["stall"], "stalled: not a byte for 0.5 s"),
+        (["reset"], "; trying again in"),
+        (["500", "502"], "the server answered 502 Bad Gateway"),
+        (["429"], "the server answered 429 Too Many Requests"),
+        (["short"], "the connection ended inside the file"),
+        (["short, unsaid"], f"{len(BODY) // 2} bytes came, but its index.json says {len(BODY)}"),
+        (["short, wrong length"], f"{len(BODY) // 2} bytes came, but its index.json says {len(BODY)}"),
+        (["reset", "short", "503"], "the server answered 503 Service Unavailable"),
+    ],
+)
+def test_what_passes_is_tried_again(
+    server: Server, tmp_path: Path, faults: list[str], said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.faults["x.tar"] = list(faults)
+    body, stop = fetch(server, tmp_path)
+    assert body == BODY
+    assert server.gets["x.tar"] == len(faults) + 1 == len(stop.waits) + 1
+    assert said in caplog.text and "Traceback" not in caplog.text
+    for number, wait in enumerate(stop.waits):
+        assert 0.5 <= wait / 2**number <= 1, "twice as long each time, with jitter"
+
+
+def test_a_slow_server_is_not_a_stalled_one(server: Server, tmp_path: Path) -> None:
+    """The limit is on the pause, not on the whole: aiohttp's own would end a large shard after five minutes."""
+    server.faults["x.tar"] = ["trickle"]
+    assert fetch(server, tmp_path, retries=0, timeout=0.5)[0] == BODY
+
+
+def test_in_the_end_it_is_reported_by_name(server: Server, tmp_path: Path) -> None:
+    server.faults["x.tar"] = ["503"] * 9
+    with pytest.raises(RemoteError) as caught:
+        fetch(server, tmp_path, retries=2)
+    assert str(caught.value) == (
+        f"{server.url}/x.tar: the server answered 503 Service Unavailable (3 tries). Check the server; data.retries sets "
+        "how often it is asked."
+    )
+    assert server.gets["x.tar"] == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason", "advice"),
+    [
+        ("404", "there is no such file (404) (1 try)", "Check the address"),
+        ("403", "access was refused (403) (1 try)", "Check the credentials"),
+        ("401", "access was refused (401) (1 try)", "signed URL has expired"),
+        ("400", "the server answered 400 Bad Request (1 try)", "Check the server"),
+    ],
+)
+def test_what_stays_is_an_error_at_once(server: Server, tmp_path: Path, fault: str, reason: str, advice: str) -> None:
+    server.faults["x.tar"] = [fault] * 5
+    with pytest.raises(RemoteError) as caught:
+        fetch(server, tmp_path)
+    assert reason in str(caught.value) and advice in str(caught.value)
+    assert server.gets["x.tar"] == 1
+
+
+@pytest.mark.parametrize("after", ["7", format_datetime(datetime.now(UTC) + timedelta(seconds=3600), usegmt=True)])
+def test_retry_after_is_obeyed_within_reason(server: Server, tmp_path: Path, after: str) -> None:
+    server.faults["x.tar"] = [f"429 after {after}"]
+    _, stop = fetch(server, tmp_path)
+    assert stop.waits == [7.0 if after == "7" else transfer.LONGEST_WAIT]
+
+
+def test_a_retry_after_that_means_nothing(server: Server, tmp_path: Path) -> None:
+    server.faults["x.tar"] = ["503 after soon"]
+    _, stop = fetch(server, tmp_path)
+    assert len(stop.waits) == 1 and stop.waits[0] <= 1
+
+
+def test_nobody_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with served(tmp_path) as server:
+        pass
+    with pytest.raises(RemoteError, match=r"x.tar: ClientConnectorError: .*\(2 tries\). Check the network"):
+        fetch(server, tmp_path, retries=1)
+
+
+def test_credentials_are_sent_and_not_shown(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    host = server.url.removeprefix("http://")
+    url = Url(f"http://me:hunter2@{host}/x.tar?X-Amz-Signature=abcdef")
+    server.faults["x.tar"] = ["503"] * 9
+    with pytest.raises(RemoteError) as caught:
+        Transfers(1, 1, NoWaiting()).download(url, tmp_path / "part", None)
+    assert server.headers[-1]["Authorization"] == "Basic bWU6aHVudGVyMg=="
+    said = str(caught.value) + caplog.text
+    assert f"http://***@{host}/x.tar?X-Amz-Signature=***: the server answered 503" in said
+    assert not any(secret in said for secret in ("hunter2", "abcdef"))
+    with pytest.raises(RemoteError) as caught:
+        Transfers(1, 0, NoWaiting()).describe(Url(f"http://me:hunter2@{host}/none.tar?sig=abcdef"))
+    assert not any(secret in str(caught.value) for secret in ("hunter2", "abcdef"))
+
+
+def test_a_stopped_transfer_ends(server: Server, tmp_path: Path) -> None:
+    server.faults["x.tar"] = ["stall"]
+    stop = threading.Event()
+    threading.Thread(target=lambda: (server.half_sent.wait(30), stop.set()), daemon=True).start()
+    with pytest.raises(Cancelled):
+        Transfers(100, 3, stop).download(Url(f"{server.url}/x.tar"), tmp_path / "part", None)
+    assert not server.released.is_set()
+
+
+def test_inside_a_running_event_loop(server: Server, tmp_path: Path) -> None:
+    import asyncio
+
+    async def notebook() -> bytes:
+        return fetch(server, tmp_path)[0]
+
+    assert asyncio.run(notebook()) == BODY
+
+
+def test_file_systems_without_coroutines(tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/transfer/x.tar", BODY)
+    transfers = Transfers(5, 0, NoWaiting())
+    assert transfers.describe(Url("memory://transfer/x.tar")).size == len(BODY)
+    assert transfers.glob(Url("memory://transfer/*.tar")) == ["/transfer/x.tar"]
+    assert transfers.download(Url("memory://transfer/x.tar"), tmp_path / "part", None) == len(BODY)
+    assert (tmp_path / "part").read_bytes() == BODY
+    with pytest.raises(RemoteError, match=r"memory://transfer/y.tar: there is no such file \(404\)"):
+        transfers.download(Url("memory://transfer/y.tar"), tmp_path / "part", None)
+
+
+def test_a_blocking_file_system_that_stalls_is_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its thread goes on, and must not write into the next try's file."""
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    released, late, calls = threading.Event(), threading.Event(), []
+    original = MemoryFileSystem.get_file
+
+    def stalling(self: MemoryFileSystem, rpath: str, lpath: str, **options: object) -> None:
+        calls.append(lpath)
+        if len(calls) == 1:
+            released.wait(30)
+            Path(lpath).write_bytes(b"late")
+            late.set()
+        else:
+            original(self, rpath, lpath, **options)
+
+    fsspec.filesystem("memory").pipe("/transfer/z.tar", BODY)
+    monkeypatch.setattr(MemoryFileSystem, "get_file", stalling)
+    Transfers(0.3, 1, NoWaiting()).download(Url("memory://transfer/z.tar"), tmp_path / "part", len(BODY))
+    released.set()
+    assert late.wait(30) and len(calls) == 2
+    assert (tmp_path / "part").read_bytes() == BODY
+
+
+def test_a_full_disk_is_no_reason_to_try_again() -> None:
+    problem = judge(OSError(errno.ENOSPC, "No space left on device"), Url("s3://a/b.tar"), 1)
+    assert problem.permanent and problem.reason == "no room on the disk of the cache"
+    assert problem.advice == "Free some, or set data.cache_dir or a lower data.cache_gigabytes."
+
+
+@pytest.mark.parametrize(
+    ("url", "error"),
+    [
+        ("htps://host/x", "htps://host/x: 'htps://' is no protocol that fsspec knows, such as https, s3 or gs"),
+        ("dropbox://x/y", "dropbox://x/y: a package for dropbox:// is missing; "),
+    ],
+)
+def test_unknown_protocols(url: str, error: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        check_protocol(Url(url))
+    assert str(caught.value).startswith(error)
