@@ -52,7 +52,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 def settings(tmp_path: Path, **changes: Any) -> RemoteSettings:
-    return replace(RemoteSettings(cache_dir=tmp_path / "cache", timeout_seconds=2, retries=2), **changes)
+    return replace(RemoteSettings(cache_dir=tmp_path / "cache", timeout_seconds=20, retries=2), **changes)
 
 
 def skin(server: Server, tmp_path: Path, **changes: Any) -> Index:
@@ -496,7 +496,7 @@ def test_a_command_that_is_allowed(tmp_path: Path) -> None:
     [
         ("echo no luck >&2; exit 3", "the command ended with 3: no luck (2 tries)"),
         ("false | true", "the command ended with 1 (2 tries)"),
-        ("echo begun; sleep 1000", "stalled: not a byte for 0.5 s (2 tries)"),
+        ("echo begun; sleep 1000", "stalled: not a byte for 1 s (2 tries)"),
         ("echo password=hunter2 >&2; exit 3", "the command ended with 3: *** (2 tries)"),
     ],
 )
@@ -504,6 +504,9 @@ def test_a_command_that_fails(tmp_path: Path, command: str, error: str) -> None:
     if command.startswith("false") and shutil.which("bash") is None:
         pytest.skip("sh cannot see that the first command of a pipe failed; bash is not installed")
     with pytest.raises(RemoteError) as caught:
-        Index.open(f"pipe:{command}", settings(tmp_path, allow_pipe=True, retries=1, timeout_seconds=0.5))
+        Index.open(
+            f"pipe:{command}",
+            settings(tmp_path, allow_pipe=True, retries=1, timeout_seconds=1 if "sleep" in command else 20),
+        )
     assert error in str(caught.value) and "hunter2" not in str(caught.value)
     assert cached(tmp_path) == leftovers(tmp_path) == []
