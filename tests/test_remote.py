@@ -19,7 +19,6 @@ import pytest
 from eval_protocols.__main__ import main as evaluate
 from ssl_platform.data import transfer
 from ssl_platform.data.index import Index
-from ssl_platform.data.order import Order
 from ssl_platform.data.reading import ShardReader
 from ssl_platform.data.remote import RemoteSettings
 from ssl_platform.data.shard_cache import ShardCache
@@ -295,7 +294,8 @@ def test_closing_ends_transfers(tmp_path: Path, workers: int) -> None:
     """Every shard but the first stalls, with hours of patience: workers wait for them, threads fetch them ahead."""
     (tmp_path / "served").mkdir()
     local = write_shards(tmp_path / "served/toy", [16] * 6)
-    first = int(local.shard_of[Order(local.shard_counts, 3, 1).window(0)[0]])
+    with closing(batches(local, window_shards=1)) as found:
+        (first,) = ShardReader(local, 1).shards_of(next(found).ids.numpy())
     with served(tmp_path / "served") as server:
         for number, shard in enumerate(local.shards):
             server.faults[shard.name] = ["stall"] * 99 * (number != first)
