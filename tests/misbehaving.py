@@ -92,9 +92,9 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(half)
         self.wfile.flush()
-        if fault == "trickle":  # a second in all
+        if fault == "trickle":  # three seconds in all
             for piece in range(10):
-                time.sleep(0.1)
+                time.sleep(0.3)
                 self.wfile.write(body[len(half) :][piece * len(half) // 10 : (piece + 1) * len(half) // 10])
             self.wfile.write(body[2 * len(half) :])
         elif fault == "stall":

@@ -47,7 +47,7 @@ def fetch(
     folder: Path,
     size: int | None = len(BODY),
     retries: int = 3,
-    timeout: float = 0.5,
+    timeout: float = 20,
     path: str = "x.tar",
 ) -> tuple[bytes, NoWaiting]:
     stop = NoWaiting()
@@ -59,13 +59,13 @@ def fetch(
 @pytest.mark.parametrize(
     ("faults", "said"),
     [
-        (["stall"], "stalled: not a byte for 0.5 s"),
+        (["stall"], "stalled: not a byte for 3 s"),
         (["reset"], "; trying again in"),
         (["500", "502"], "the server answered 502 Bad Gateway"),
         (["429"], "the server answered 429 Too Many Requests"),
         (["short"], "the connection ended inside the file"),
-        (["short, unsaid"], f"{len(BODY) // 2} bytes came, but its index.json says {len(BODY)}"),
-        (["short, wrong length"], f"{len(BODY) // 2} bytes came, but its index.json says {len(BODY)}"),
+        (["short, unsaid"], f"{len(BODY) // 2} bytes came of {len(BODY)}"),
+        (["short, wrong length"], f"{len(BODY) // 2} bytes came of {len(BODY)}"),
         (["reset", "short", "503"], "the server answered 503 Service Unavailable"),
     ],
 )
@@ -73,7 +73,7 @@ def test_what_passes_is_tried_again(
     server: Server, tmp_path: Path, faults: list[str], said: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     server.faults["x.tar"] = list(faults)
-    body, stop = fetch(server, tmp_path)
+    body, stop = fetch(server, tmp_path, timeout=3 if "stall" in faults else 20)
     assert body == BODY
     assert server.gets["x.tar"] == len(faults) + 1 == len(stop.waits) + 1
     assert said in caplog.text and "Traceback" not in caplog.text
@@ -84,7 +84,7 @@ def test_what_passes_is_tried_again(
 def test_a_slow_server_is_not_a_stalled_one(server: Server, tmp_path: Path) -> None:
     """The limit is on the pause, not on the whole: aiohttp's own would end a large shard after five minutes."""
     server.faults["x.tar"] = ["trickle"]
-    assert fetch(server, tmp_path, retries=0, timeout=0.5)[0] == BODY
+    assert fetch(server, tmp_path, retries=0, timeout=2)[0] == BODY
 
 
 def test_in_the_end_it_is_reported_by_name(server: Server, tmp_path: Path) -> None:

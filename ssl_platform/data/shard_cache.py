@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,7 +157,7 @@ class ShardCache:
         """The file, under its lock: checked against the server, or fetched; None if `ahead` and there is no room."""
         if (file := self._checked(entry, size)) is not None:  # another process has fetched it meanwhile
             return file
-        transfers = self.transfers if not ahead else Transfers(self.transfers.timeout_seconds, 0, self.transfers.stop)
+        transfers = replace(self.transfers, retries=0) if ahead else self.transfers
         found = transfers.describe(url)
         if not again and url.protocol != "pipe" and self._is_current(entry, found, size):
             os.utime(entry.file, ns=(time.time_ns(),) * 2)

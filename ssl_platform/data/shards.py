@@ -68,7 +68,7 @@ class DataConfig(Config):
     timeout_seconds: float = Field(default=30.0, gt=0)
     """A transfer that gets no byte for so long has stalled."""
     retries: int = Field(default=7, ge=0)
-    """Tries after the first, with growing pauses (about two minutes in all), before a shard that cannot be had ends the
+    """Tries after the first, with growing pauses (one to two minutes in all), before a shard that cannot be had ends the
     run."""
     allow_pipe: bool = False
     """Whether `pipe:COMMAND` in `shards` may run its command in a shell."""

@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -77,10 +77,11 @@ class Transfers:
 
     def glob(self, url: Url) -> list[str]:
         """The files that a pattern matches, where the protocol can list; raises RemoteError."""
-        found = self._retried(url, lambda progress: call(url, "glob", self.timeout_seconds))
+        patient = replace(self, timeout_seconds=20 * self.timeout_seconds)  # nobody says how a long listing gets on
+        found = patient._retried(url, lambda progress: call(url, "glob", self.timeout_seconds))
         return sorted(found)
 
-    def download(self, url: Url, part: Path, size: int | None, retries: int | None = None) -> int:
+    def download(self, url: Url, part: Path, size: int | None) -> int:
         """Fetches the whole file into `part` and returns its length, which is `size` where that is known.
 
         Raises RemoteError after the last try, and Cancelled.
@@ -93,12 +94,12 @@ class Transfers:
 
         def checked(progress: "_Progress") -> int:
             got = part.stat().st_size
-            for expected, source in ((progress.size, "the server announced"), (size, "its index.json says")):
+            for expected in (progress.size, size):  # as the server announced, as the index says
                 if expected is not None and got != expected:
-                    raise IncompleteError(f"{got} bytes came, but {source} {expected}")
+                    raise IncompleteError(f"{got} bytes came of {expected}")
             return got
 
-        got: int = self._retried(url, attempt, checked, retries)
+        got: int = self._retried(url, attempt, checked)
         return got
 
     def _retried(
@@ -106,11 +107,9 @@ class Transfers:
         url: Url,
         begin: "Callable[[_Progress], Coroutine[Any, Any, Any]]",
         finish: "Callable[[_Progress], Any] | None" = None,
-        retries: int | None = None,
     ) -> Any:
-        retries = self.retries if retries is None else retries
         rng = generator("retry", socket.gethostname(), os.getpid(), url.key)  # processes must not all return at once
-        for number in range(1, retries + 2):
+        for number in range(1, self.retries + 2):
             progress = _Progress()
             try:
                 found = _in_thread(lambda: self._watched(begin(progress), progress))  # noqa: B023 (called at once)
@@ -119,14 +118,14 @@ class Transfers:
                 raise
             except Exception as error:
                 problem = judge(error, url, self.timeout_seconds)
-                if problem.permanent or number > retries:
+                if problem.permanent or number > self.retries:
                     tries = "1 try" if number == 1 else f"{number} tries"
                     failure = RemoteError(f"{url}: {problem.reason} ({tries}). {problem.advice}")
                     failure.missing = problem.missing
                     raise failure from None
             wait = min(FIRST_WAIT * 2 ** (number - 1), LONGEST_WAIT) * float(rng.uniform(0.5, 1))
             wait = max(wait, min(problem.wait, LONGEST_WAIT))
-            logger.warning("%s: %s; trying again in %.1f s (%d of %d)", url, problem.reason, wait, number, retries)
+            logger.warning("%s: %s; trying again in %.1f s (%d of %d)", url, problem.reason, wait, number, self.retries)
             if self.stop.wait(wait):
                 raise Cancelled
         raise AssertionError("the loop returns or raises")
@@ -194,7 +193,7 @@ def judge(error: BaseException, url: Url, timeout_seconds: float) -> Problem:
     passing = isinstance(error, OSError | EOFError) or type(error).__module__.partition(".")[0] in (
         "aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "requests", "urllib3",
     )  # fmt: skip
-    permanent = not passing
+    permanent = not passing or "Certificate" in type(error).__name__
     reason = f"{type(error).__name__}: {text}".rstrip(": ")
     return Problem(reason, "Check the network, the server and the address.", permanent)
 
