@@ -83,8 +83,10 @@ def _pixels(file: Any, pydicom: Any) -> NDArray[Any]:
         stored = pydicom.pixels.apply_color_lut(stored, file)
     if stored.ndim == 3:
         return np.ascontiguousarray(np.moveaxis(_eight_or_sixteen(stored), -1, 0))
-    bits, excess = int(file.BitsStored), int(file.get("HighBit", file.BitsStored - 1)) + 1 - int(file.BitsStored)
-    values: NDArray[Any] = stored.astype(np.int64) >> excess & (1 << bits) - 1  # the other bits may hold an overlay
+    bits = int(file.BitsStored)
+    if int(file.get("HighBit", bits - 1)) != bits - 1:
+        raise ValueError(f"HighBit {file.HighBit} with {bits} bits stored is not supported, {bits - 1} is")
+    values: NDArray[Any] = stored.astype(np.int64) & (1 << bits) - 1  # the other bits may hold an overlay
     is_signed = bool(file.PixelRepresentation)
     if file.get("Modality") == "CT":
         values -= (values >> (bits - 1) << bits) if is_signed else 0
