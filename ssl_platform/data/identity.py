@@ -45,8 +45,13 @@ class Names:
 
     def digest(self, what: str, *parts: object, size: int = 10) -> str:
         """`size` bytes in hex that tell nothing of `parts` to who has not the salt; 10 never meet by chance."""
-        text = json.dumps([what, *parts], ensure_ascii=True)
-        return hashlib.blake2b(text.encode(), digest_size=size, key=self.salt or b"").hexdigest()
+        found = self.hash(size)
+        found.update(json.dumps([what, *parts]).encode())
+        return found.hexdigest()
+
+    def hash(self, size: int) -> "hashlib.blake2b":
+        """A hash of `size` bytes to be updated piece by piece."""
+        return hashlib.blake2b(digest_size=size, key=self.salt or b"")
 
     @property
     def fingerprint(self) -> str:

@@ -1,5 +1,6 @@
 """Packs items into folders of tar shards with an index: makes what no earlier run has finished, then the index."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -152,7 +153,7 @@ def _make(
 ) -> tuple[dict[str, Shard], dict[str, ShardScan]]:
     """Makes the shards of the jobs and keeps account of them, whatever ends this run."""
     shards, scans = dict(finished), dict[str, ShardScan]()
-    saved = time.monotonic()
+    saved = -math.inf
     with PackProgress(sum(len(job.samples) for job in jobs)) as progress:
         try:
             for job, made in parallel(make_shard, jobs, workers):
