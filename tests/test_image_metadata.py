@@ -310,6 +310,13 @@ def test_dicom_that_is_refused(data: bytes, message: str) -> None:
     assert message in str(raised.value) and "\n" not in str(raised.value)
 
 
+def test_a_file_that_only_calls_itself_dicom(tmp_path: Path) -> None:
+    path = tmp_path / "a.dcm"
+    path.write_bytes(dicom(STORED)[132:])
+    with pytest.raises(ValueError, match="no DICOM file: the mark DICM is not at byte 128"):
+        load(Item(path, path.name), Options())
+
+
 def test_a_real_dicom_file() -> None:
     path = pydicom.data.get_testdata_file("CT_small.dcm", download=False)
     if path is None:

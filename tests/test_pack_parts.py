@@ -282,7 +282,7 @@ def test_shares_of_many_groups_are_close() -> None:
     assert found != other, "equal groups are in an order of the seed"
 
 
-def test_splits_are_folders_of_their_own(photos: Path, tmp_path: Path) -> None:
+def test_splits_are_folders_of_their_own(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     options = ["--groups", "folder", "--labels", "folder", "--samples-per-shard", 3]
     assert pack(photos, out, *options, "--split", "train=0.7", "val=.3") == 0
@@ -301,6 +301,9 @@ def test_splits_are_folders_of_their_own(photos: Path, tmp_path: Path) -> None:
     whole = contents(out)
     assert pack(photos, out, *options, "--split", "train=0.7", "val=.3") == 0
     assert contents(out) == whole
+    assert "no sample has a group" not in capsys.readouterr().err
+    assert pack(photos, tmp_path / "alone", "--split", "train=0.7", "val=.3") == 0
+    assert "no sample has a group: whoever is in several images may be in several splits" in capsys.readouterr().err
 
 
 def test_other_splits_or_none_are_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

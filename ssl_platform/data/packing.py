@@ -73,6 +73,8 @@ def pack(
     divided = assign_splits(samples, splits, seed)
     if splits is not None:
         _check_split_folder(out, divided)
+        if all(item.group is None for item in items):
+            logger.warning("no sample has a group: whoever is in several images may be in several splits")
     plans = [
         make_plan(
             out / split,
