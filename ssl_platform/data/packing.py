@@ -92,8 +92,7 @@ def pack(
     to_do = [job for plan in plans for job in plan.unfinished(read_state(plan.folder, plan.settings, overwrite))]
     check_room(out, to_do, ignore_room)
     if not names.are_plain:
-        of_sample = {sample.key: split for split, held in divided.items() for sample in held}
-        write_lookup(out, items, names, of_sample)
+        write_lookup(out, items, names, divided)
     return [_pack_folder(plan, part, workers, overwrite) for plan in plans]
 
 
