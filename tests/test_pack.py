@@ -189,7 +189,7 @@ def test_only_what_is_missing_or_cut_off_is_made_again(photos: Path, tmp_path: P
     os.truncate(out / "shard-000003.tar", 1000)
     (out / "index.json").unlink()
     (out / ".shard-000002.tar.99.part").write_text("of a run that was killed")
-    with pytest.raises(ValueError, match="packing was not finished, 1 of 4 shards missing; run the ssl-pack command"):
+    with pytest.raises(ValueError, match="packing was not finished; still missing: 1 of 4 shards. Run the ssl-pack"):
         Index.open(out)
     pack(photos, out, "--samples-per-shard", 3)
     assert written == ["shard-000001.tar", "shard-000003.tar"] and contents(out) == whole
@@ -249,8 +249,12 @@ def test_another_plan_is_refused(photos: Path, tmp_path: Path, capsys: pytest.Ca
 def test_a_folder_of_other_files_is_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    for more in ([], ["--overwrite"]):
+    for more in ([], ["--overwrite"], ["--split", "a=.5", "thesis=.5"]):
         message = refused(capsys, photos, tmp_path / "out", *more)
+        assert not (tmp_path / "out.lookup").exists()
+        if "--split" in more:
+            assert "holds thesis.tex, which is none of the splits a, thesis" in message
+            continue
         assert "holds files that ssl-pack did not write (thesis.tex" in message
     (tmp_path / "out" / "thesis.tex").rename(tmp_path / "out" / "shard-000000.tar")
     assert "not empty, and without the pack.json" in refused(capsys, photos, tmp_path / "out")

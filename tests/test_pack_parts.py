@@ -91,7 +91,9 @@ def test_parts_give_the_bytes_of_the_whole(
             any(Part(other, len(order)).shards(5) for other in others) for others in (order[:done], order[done + 1 :])
         )
         if begun and not (out / "index.json").exists():
-            with pytest.raises(ValueError, match=r"packing was not finished, .* missing; run the ssl-pack command"):
+            with pytest.raises(
+                ValueError, match=r"packing was not finished; still missing: .* Run the ssl-pack command"
+            ):
                 Index.open(out)
         capsys.readouterr()
         assert pack(photos, out, *options, "--part", f"{number}/{len(order)}") == 0
@@ -107,7 +109,7 @@ def test_an_unfinished_folder_says_what_is_missing(photos: Path, tmp_path: Path)
     options = ["--samples-per-shard", 2]
     for number in (0, 3, 4):
         pack(photos, tmp_path / "out", *options, "--part", f"{number}/5")
-    with pytest.raises(ValueError, match=r"4 of 10 shards, of parts 1, 2 of 5 \(they count from 0\) missing; run"):
+    with pytest.raises(ValueError, match=r"missing: 4 of 10 shards, of parts 1, 2 of 5 \(they count from 0\)\. Run"):
         Index.open(tmp_path / "out")
     pack(photos, tmp_path / "out", *options)
     assert len(Index.open(tmp_path / "out")) == 20
@@ -311,7 +313,7 @@ def test_other_splits_or_none_are_refused(photos: Path, tmp_path: Path, capsys: 
     options = ["--groups", "folder"]
     pack(photos, out, *options, "--split", "train=0.7", "val=.3")
     whole = contents(out)
-    assert "holds val, which is none of the splits train, test" in refused(
+    assert "holds val, which is none of the splits test, train" in refused(
         capsys, photos, out, *options, "--split", "train=.7", "test=.3"
     )
     assert "holds files that ssl-pack did not write (train, ...)" in refused(capsys, photos, out, *options)

@@ -62,8 +62,8 @@ def index_folder(
         from ssl_platform.data.pack_state import missing_parts  # which loads what packs
 
         raise ValueError(
-            f"{folder}: packing was not finished, {missing_parts(folder)} missing; run the ssl-pack command again to "
-            "complete it"
+            f"{folder}: packing was not finished; still missing: {missing_parts(folder)}. Run the ssl-pack command again "
+            "to complete it"
         )
     logger.info("%s: scanning %d shards for their samples, once", folder, len(names))
     scans, said = dict(known or {}), time.monotonic()

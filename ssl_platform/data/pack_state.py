@@ -9,7 +9,7 @@ import fcntl
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 _ALL = 1 << 40
 """More bytes of the lock file than there are shards; the byte there is the lock of the index."""
+_PATTERNS = ("index.json", "index.npy", "shard-*.tar", "part-*-of-*.json", "left_out.tsv", "pack.json")
+"""What ssl-pack writes into a folder."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -50,19 +52,30 @@ def shard_name(number: int) -> str:
     return f"shard-{number:06d}.tar"
 
 
+def check_folder(out: Path, splits: Collection[str] = ()) -> set[str]:
+    """The visible files in `out`; raises ValueError if ssl-pack did not write them, or they are none of `splits`."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out}: is a file; expected a folder for the shards")
+    found = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set[str]()
+    ours = {path.name for pattern in _PATTERNS for path in out.glob(pattern)}
+    if splits and (foreign := sorted(found - {*splits})):
+        raise ValueError(
+            f"{out}: holds {foreign[0]}, which is none of the splits {', '.join(sorted(splits))}: name an empty folder"
+        )
+    if not splits and (foreign := sorted(found - ours)):
+        raise ValueError(f"{out}: holds files that ssl-pack did not write ({foreign[0]}, ...): name an empty folder")
+    return found
+
+
 def read_state(out: Path, settings: Mapping[str, Any], overwrite: bool = False) -> dict[str, Shard]:
     """The shards that earlier runs of the same plan finished, by name; raises ValueError if something else is in `out`."""
-    found = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set[str]()
-    parts = sorted(path.name for path in out.glob("part-*-of-*.json"))
-    ours = {path.name for path in out.glob("shard-*.tar")} | {"pack.json", "index.json", "index.npy", "left_out.tsv"}
-    if foreign := sorted(found - ours - {*parts}):
-        raise ValueError(f"{out}: holds files that ssl-pack did not write ({foreign[0]}, ...): name an empty folder")
+    found = check_folder(out)
     if overwrite or not found:
         return {}
     if "pack.json" not in found:
         raise ValueError(f"{out}: not empty, and without the pack.json of an earlier run: name an empty folder")
     shards: dict[str, Shard] = {}
-    for name in ["pack.json", *parts]:
+    for name in ["pack.json", *sorted(path.name for path in out.glob("part-*-of-*.json"))]:
         shards |= _read_file(out / name, settings)
     return shards
 
@@ -98,7 +111,7 @@ def write_state(out: Path, part: Part, settings: Mapping[str, Any], shards: Mapp
 
 def clear(out: Path) -> None:
     """Deletes what earlier runs wrote; index.json first: without it nobody takes the rest for a data set."""
-    for pattern in ("index.json", "index.npy", "shard-*.tar", "part-*-of-*.json", "left_out.tsv", "pack.json"):
+    for pattern in _PATTERNS:
         for path in sorted(out.glob(pattern)):
             path.unlink()
 
@@ -134,8 +147,6 @@ class Lock:
 
     def __init__(self, out: Path) -> None:
         """Makes the folder if need be."""
-        if out.exists() and not out.is_dir():
-            raise ValueError(f"{out}: is a file; expected a folder for the shards")
         out.mkdir(parents=True, exist_ok=True)
         self.out = out
         self._path = out / ".lock"

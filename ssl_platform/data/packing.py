@@ -17,7 +17,16 @@ from ssl_platform.data.identity import Names, numbered, own_salt, write_lookup
 from ssl_platform.data.index_files import describe, read_description, write_index
 from ssl_platform.data.media import Options
 from ssl_platform.data.pack_progress import PackProgress, logger
-from ssl_platform.data.pack_state import Lock, Part, clear, clear_parts, missing_parts, read_state, write_state
+from ssl_platform.data.pack_state import (
+    Lock,
+    Part,
+    check_folder,
+    clear,
+    clear_parts,
+    missing_parts,
+    read_state,
+    write_state,
+)
 from ssl_platform.data.planning import Plan, check_room, make_plan
 from ssl_platform.data.sources import Item
 from ssl_platform.data.splits import Splits, assign_splits
@@ -66,15 +75,12 @@ def pack(
     """
     if overwrite and not part.is_whole:
         raise ValueError("--overwrite: parts would delete each other's shards; delete OUT, or give it without --part")
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; expected a folder for the shards")
+    check_folder(out, _split_names(items, splits))
     names = own_salt(out) if names is None else names
     samples = numbered(items, names, keep_columns)
     divided = assign_splits(samples, splits, seed)
-    if splits is not None:
-        _check_split_folder(out, divided)
-        if all(item.group is None for item in items):
-            logger.warning("no sample has a group: whoever is in several images may be in several splits")
+    if splits is not None and all(item.group is None for item in items):
+        logger.warning("no sample has a group: whoever is in several images may be in several splits")
     plans = [
         make_plan(
             out / split,
@@ -96,12 +102,10 @@ def pack(
     return [_pack_folder(plan, part, workers, overwrite) for plan in plans]
 
 
-def _check_split_folder(out: Path, splits: Mapping[str, object]) -> None:
-    found = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set[str]()
-    if foreign := sorted(found - splits.keys()):
-        raise ValueError(
-            f"{out}: holds {foreign[0]}, which is none of the splits {', '.join(splits)}: name an empty folder"
-        )
+def _split_names(items: Sequence[Item], splits: Splits) -> set[str]:
+    if isinstance(splits, str):
+        return {item.split for item in items if item.split}
+    return {*(splits or ())}
 
 
 def _pack_folder(plan: Plan, part: Part, workers: int, overwrite: bool) -> Packed:
