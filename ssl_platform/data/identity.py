@@ -22,7 +22,7 @@ from ssl_platform.data.sources import Item
 from ssl_platform.data.tars import atomic_file
 
 _SALT_BYTES = 32
-_RESERVED = ("path", "label", "group", "x", "y")
+_RESERVED = ("path", "label", "group")
 
 
 class Numbered(NamedTuple):
