@@ -19,13 +19,17 @@ from PIL import Image
 
 from ssl_platform.data import tar_writing
 from ssl_platform.data.index import Index
+from ssl_platform.data.media.image import encode
 from ssl_platform.data.pack import main
 from ssl_platform.data.reading import ShardReader
-from ssl_platform.data.tar_writing import encode
 from ssl_platform.data.tars import atomic_file
 from ssl_platform.modalities._images import decode_image
 
 FILES = "index.json", "index.npy", "pack.json"
+SALT = (
+    "--salt-file",
+    Path(__file__).parents[1] / "LICENSE",
+)  # any file serves: the same for all shards that are compared
 
 
 def save(path: Path, pixels: np.ndarray[Any, Any]) -> Path:
@@ -51,6 +55,11 @@ def photos(tmp_path: Path) -> Path:
 
 def pack(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
+
+
+def pack_plain(*arguments: object) -> int:
+    """With readable keys and groups, and all columns: tests/test_identity.py has what shards hold without."""
+    return pack(*arguments, "--plain-names")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -80,7 +89,7 @@ def samples(folder: Path) -> list[tuple[dict[str, Any], bytes, str]]:
 
 
 def test_a_folder_becomes_shards(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert pack(photos, tmp_path / "out", "--labels", "folder", "--samples-per-shard", 5) == 0
+    assert pack_plain(photos, tmp_path / "out", "--labels", "folder", "--samples-per-shard", 5) == 0
     assert "12 samples in 3 shards" in capsys.readouterr().out
     index = Index.open(tmp_path / "out")
     assert index.shard_counts == [4, 4, 4] and index.label_names == ["cat", "dog", "eel"]
@@ -101,7 +110,7 @@ def test_a_folder_becomes_shards(photos: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_webdataset_reads_our_shards(photos: Path, tmp_path: Path) -> None:
-    pack(photos, tmp_path / "out", "--labels", "folder", "--samples-per-shard", 5)
+    pack_plain(photos, tmp_path / "out", "--labels", "folder", "--samples-per-shard", 5)
     urls = [str(tar) for tar in sorted((tmp_path / "out").glob("*.tar"))]
     index = Index.open(tmp_path / "out")
     read = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
@@ -126,7 +135,7 @@ def test_a_pack_scanned_as_foreign_tars_gives_the_same_index(photos: Path, tmp_p
 
 def test_equal_bytes_for_any_number_of_workers_and_not_for_other_seeds(photos: Path, tmp_path: Path) -> None:
     for name, more in [("a", []), ("b", ["--workers", 2]), ("c", ["--seed", 1])]:
-        assert pack(photos, tmp_path / name, "--samples-per-shard", 3, *more) == 0
+        assert pack(photos, tmp_path / name, "--samples-per-shard", 3, *SALT, *more) == 0
     assert contents(tmp_path / "a") == contents(tmp_path / "b")
     assert contents(tmp_path / "a")["shard-000000.tar"] != contents(tmp_path / "c")["shard-000000.tar"]
     assert sorted(contents(tmp_path / "a")) == sorted([*FILES, *(f"shard-00000{shard}.tar" for shard in range(4))])
@@ -180,7 +189,7 @@ def test_only_what_is_missing_or_cut_off_is_made_again(photos: Path, tmp_path: P
     os.truncate(out / "shard-000003.tar", 1000)
     (out / "index.json").unlink()
     (out / ".shard-000002.tar.99.part").write_text("of a run that was killed")
-    with pytest.raises(ValueError, match="packing was not finished; run the ssl-pack command again"):
+    with pytest.raises(ValueError, match="packing was not finished; still missing: 1 of 4 shards. Run the ssl-pack"):
         Index.open(out)
     pack(photos, out, "--samples-per-shard", 3)
     assert written == ["shard-000001.tar", "shard-000003.tar"] and contents(out) == whole
@@ -200,7 +209,7 @@ def test_a_shard_is_older_than_its_inputs(photos: Path, tmp_path: Path, written:
 
 def test_a_killed_run_goes_on_to_the_same_bytes(photos: Path, tmp_path: Path) -> None:
     """kill -9 in the middle of the second shard."""
-    pack(photos, tmp_path / "whole", "--samples-per-shard", 3)
+    pack(photos, tmp_path / "whole", "--samples-per-shard", 3, *SALT)
     program = (
         "import os, signal, sys\n"
         "from ssl_platform.data import pack, tar_writing\n"
@@ -212,7 +221,7 @@ def test_a_killed_run_goes_on_to_the_same_bytes(photos: Path, tmp_path: Path) ->
         "tar_writing._load = loading\n"
         "pack.main(sys.argv[1:])\n"
     )
-    command = [str(photos), str(tmp_path / "out"), "--samples-per-shard", "3"]
+    command = [str(photos), str(tmp_path / "out"), "--samples-per-shard", "3", *map(str, SALT)]
     assert subprocess.run([sys.executable, "-c", program, *command], check=False).returncode == -signal.SIGKILL
     left = sorted(contents(tmp_path / "out"))
     assert left[-1] == "shard-000000.tar" and any(name.endswith(".part") for name in left) and "index.json" not in left
@@ -240,8 +249,12 @@ def test_another_plan_is_refused(photos: Path, tmp_path: Path, capsys: pytest.Ca
 def test_a_folder_of_other_files_is_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    for more in ([], ["--overwrite"]):
+    for more in ([], ["--overwrite"], ["--split", "a=.5", "thesis=.5"]):
         message = refused(capsys, photos, tmp_path / "out", *more)
+        assert not (tmp_path / "out.lookup").exists()
+        if "--split" in more:
+            assert "holds thesis.tex, which is none of the splits a, thesis" in message
+            continue
         assert "holds files that ssl-pack did not write (thesis.tex" in message
     (tmp_path / "out" / "thesis.tex").rename(tmp_path / "out" / "shard-000000.tar")
     assert "not empty, and without the pack.json" in refused(capsys, photos, tmp_path / "out")
@@ -249,8 +262,8 @@ def test_a_folder_of_other_files_is_refused(photos: Path, tmp_path: Path, capsys
 
 def test_two_at_once_are_refused(photos: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; from ssl_platform.data.packing import _locked\n"
-        "with _locked(Path(sys.argv[1])): print('locked', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from ssl_platform.data.pack_state import Lock\n"
+        "lock = Lock(Path(sys.argv[1])); lock.take(range(9)); print('locked', flush=True); sys.stdin.read()"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "out")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -274,7 +287,7 @@ def test_unreadable_images_are_named_and_left_out(
     command = [photos, tmp_path / "out", "--samples-per-shard", 3, "--workers", workers]
     assert pack(*command) == 1
     said = capsys.readouterr()
-    assert "left out: 3 that cannot be read" in said.out
+    assert "left out: 3 that cannot be used" in said.out
     for line in ("left out: cat/im.age 00.PNG: ", "left out: dog/empty.jpg: the file has zero bytes", "dog/text.jpg: "):
         assert line in said.err
     assert len(Index.open(tmp_path / "out")) == 11
@@ -291,7 +304,8 @@ def test_nothing_to_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "missing: no such file or folder" in refused(capsys, tmp_path / "missing", out)
     assert not out.exists()
     (tmp_path / "empty" / "a.png").write_text("text")
-    assert "nothing to pack: a.png: " in refused(capsys, tmp_path / "empty", out)
+    message = refused(capsys, tmp_path / "empty", out)
+    assert "nothing to pack: of 1 inputs 1 cannot be used (named above) and 0 have less than min_tissue 0.0" in message
     assert "INPUT and OUT are needed" in refused(capsys, tmp_path / "empty")
     assert "no tar in this folder" in refused(capsys, "--index", tmp_path / "empty")
 
@@ -340,7 +354,7 @@ def test_a_manifest(photos: Path, tmp_path: Path, suffix: str, delimiter: str) -
     quoted = [[f'"{cell}"' if "," in cell else cell for cell in row] for row in rows]
     table = tmp_path / f"table{suffix}"
     table.write_text("\ufeff" + "\r\n".join(delimiter.join(row) for row in quoted) + "\r\n\r\n", encoding="utf-8")
-    assert pack(table, tmp_path / "out") == 0
+    assert pack_plain(table, tmp_path / "out") == 0
     index = Index.open(tmp_path / "out")
     assert index.label_names == ["cat", "dog"] and index.group_names == ["007", "7"]
     packed = [about for about, _, _ in samples(tmp_path / "out")]
@@ -386,7 +400,7 @@ def test_tiles_of_an_image(tmp_path: Path) -> None:
     save(tmp_path / "slide.png", pixels)
     save(tmp_path / "classes.png", classes)
     command = [tmp_path / "slide.png", tmp_path / "out", "--tile", 8, "--stride", 4, "--group-block", 16]
-    assert pack(*command, "--labels-image", tmp_path / "classes.png", "--label-names", "fat,gland") == 0
+    assert pack_plain(*command, "--labels-image", tmp_path / "classes.png", "--label-names", "fat,gland") == 0
     packed = samples(tmp_path / "out")
     assert [(about["x"], about["y"]) for about, _, _ in packed] == [
         (x, y) for y in range(0, 33, 4) for x in range(0, 57, 4)
@@ -410,7 +424,7 @@ def test_a_region_and_unnamed_classes(tmp_path: Path) -> None:
     palette.putpalette([7, 8, 9] * 256)
     palette.save(tmp_path / "classes.png")
     more = ["--region", "32,0,64,40", "--labels-image", tmp_path / "classes.png"]
-    assert pack(tmp_path / "slide.png", tmp_path / "out", "--tile", 16, *more) == 0
+    assert pack_plain(tmp_path / "slide.png", tmp_path / "out", "--tile", 16, *more) == 0
     assert sorted((about["x"], about["y"]) for about, _, _ in samples(tmp_path / "out")) == [
         (32, 0), (32, 16), (48, 0), (48, 16),
     ]  # fmt: skip
@@ -424,7 +438,7 @@ def test_tiles_of_a_manifest(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "table.csv").write_text(
         "path,x,y,label,by\n0.png,0,0,1,me\n1.png,12,10,0,me\n0.png,5,3,1,me\n1.png,13,0,,x\n"
     )
-    assert pack(tmp_path / "table.csv", tmp_path / "out", "--tile", 8) == 1
+    assert pack_plain(tmp_path / "table.csv", tmp_path / "out", "--tile", 8) == 1
     assert "a tile of 8 pixels at x 13, y 0 is not inside the image, which has 20 x 20" in capsys.readouterr().err
     packed = samples(tmp_path / "out")
     assert [(about["path"], about["x"], about["y"], about["label"], about["by"]) for about, _, _ in packed] == [

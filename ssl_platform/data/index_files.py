@@ -36,8 +36,10 @@ def open_folder(folder: Path, names: Sequence[str] | None) -> tuple[dict[str, An
     about = read_description(folder)
     if about is None or about["scanned"]:
         names = names or sorted(tar.name for tar in folder.glob("*.tar"))
-        if not names:
-            raise ValueError(f"{folder}: no tar shards in this folder (ssl-pack makes them)")
+        if not names and not (folder / "pack.json").exists():
+            splits = sorted(path.parent.name for path in folder.glob("*/index.json"))
+            hint = f"it holds {', '.join(splits)}: name one of them" if splits else "ssl-pack makes them"
+            raise ValueError(f"{folder}: no tar shards in this folder ({hint})")
     if about is None:
         about, rows = index_folder(folder, names or [])
     else:
@@ -87,7 +89,12 @@ def index_folder(
     Both are written beside the tars where the folder is writable.
     """
     if (folder / "pack.json").exists():
-        raise ValueError(f"{folder}: packing was not finished; run the ssl-pack command again to complete it")
+        from ssl_platform.data.pack_state import missing_parts  # which loads what packs
+
+        raise ValueError(
+            f"{folder}: packing was not finished; still missing: {missing_parts(folder)}. Run the ssl-pack command again "
+            "to complete it"
+        )
     logger.info("%s: scanning %d shards for their samples, once", folder, len(names))
     scans, said = dict(known or {}), time.monotonic()
     for done, name in enumerate(names):

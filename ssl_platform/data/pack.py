@@ -8,7 +8,12 @@ import errno
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from ssl_platform.data.pack_options import add_pack_options, count, pack_as_asked
+
+if TYPE_CHECKING:
+    from ssl_platform.data.packing import Packed
 
 DESCRIPTION = """\
 Packs images into WebDataset tar shards with an index of their labels, groups and channel statistics, for ssl-train and
@@ -16,13 +21,17 @@ ssl-eval. Any WebDataset tool can read the tars. INPUT is
 
   a folder                all images in it and below it;
   a .csv or .tsv file     a table with a header: path (relative to the table), and optionally label, group (patient,
-                          slide, ...: what an evaluation must not split) and any other columns, kept with the sample;
+                          slide, ...: what an evaluation must not split) and others, of which --keep-columns are kept;
   an image, with --tile   a large image that is cut into tiles. With --tile and a table, each row is one tile, its upper
                           left pixel in the columns x and y.
 
-The same input, options and seed give the same bytes. A run that was cut off goes on when the same command is given
+The same input, options, seed and salt give the same bytes. A run that was cut off goes on when the same command is given
 again; shards whose inputs are newer are made anew. Images that cannot be decoded are named, left out, and make the exit
 status 1.
+
+Shards name nobody: keys and groups are salted hashes, files lose their metadata (pixels stay as they are), DICOM keeps
+numbers and codes alone. Only OUT.lookup, beside OUT, tells which key is which file: keep it where the files are. Labels and
+kept columns are stored as they are. docs/data.md says more.
 """
 
 EXAMPLES = """\
@@ -33,6 +42,10 @@ examples:
       the images that a table lists
   ssl-pack slide.tif shards --tile 224 --stride 224 --min-tissue 0.5 --labels-image classes.png
       the tiles of an image that are at least half tissue, labelled by a mask
+  ssl-pack dicoms shards --split train=0.8 val=0.1 test=0.1
+      shards/train, shards/val and shards/test, no patient in two of them
+  ssl-pack photos shards --part $SLURM_ARRAY_TASK_ID/64
+      in each job of `sbatch --array=0-63`; who finishes last writes the index
   ssl-pack --index tars
       only indexes tars that another tool made (ssl-train does it by itself where the folder is writable)
 """
@@ -76,13 +89,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--labels", choices=["none", "folder"], default="none", help="folder: the sub-folder is the label"
     )
-    parser.add_argument("--samples-per-shard", metavar="N", type=_count, default=1000, help="at most; default 1000")
-    parser.add_argument("--seed", metavar="N", type=int, default=0, help="of the shuffle before sharding; default 0")
     parser.add_argument(
-        "--workers", metavar="N", type=_count, default=1, help="shards made at the same time; default 1"
+        "--groups",
+        choices=["none", "folder"],
+        default="none",
+        help="folder: the sub-folder is the group, as a patient's",
     )
-    parser.add_argument("--overwrite", action="store_true", help="delete what an earlier ssl-pack wrote into OUT")
-    parser.add_argument("--allow-bad", action="store_true", help="exit status 0 although inputs were left out")
     parser.add_argument(
         "--min-tissue",
         metavar="SHARE",
@@ -90,9 +102,10 @@ def _parser() -> argparse.ArgumentParser:
         default=0.0,
         help="leave out images or tiles of which less has the colours of stained tissue, as modality.min_tissue",
     )
+    add_pack_options(parser)
     tiles = parser.add_argument_group("tiles of a large image")
-    tiles.add_argument("--tile", metavar="PIXELS", type=_count, help="width and height of a tile")
-    tiles.add_argument("--stride", metavar="PIXELS", type=_count, help="from tile to tile; default: the tile's width")
+    tiles.add_argument("--tile", metavar="PIXELS", type=count, help="width and height of a tile")
+    tiles.add_argument("--stride", metavar="PIXELS", type=count, help="from tile to tile; default: the tile's width")
     tiles.add_argument("--region", metavar="X0,Y0,X1,Y1", type=_region, help="only tiles wholly inside, in pixels")
     tiles.add_argument("--labels-image", metavar="FILE", type=Path, help="image of class numbers; 255 = no class")
     tiles.add_argument(
@@ -102,13 +115,12 @@ def _parser() -> argparse.ArgumentParser:
         "--label-purity", metavar="SHARE", type=_share, default=0.9, help="of a tile's pixels in one class; default 0.9"
     )
     tiles.add_argument(
-        "--group-block", metavar="PIXELS", type=_count, help="tiles in the same block form a group; default: 4 tiles"
+        "--group-block", metavar="PIXELS", type=count, help="tiles in the same block form a group; default: 4 tiles"
     )
     return parser
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    from ssl_platform.data.packing import pack
     from ssl_platform.data.sources import Grid, folder_items, grid_items, is_manifest, manifest_items
 
     source, out, tile = arguments.input, arguments.out, arguments.tile
@@ -118,12 +130,12 @@ def _pack(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{source}: no such file or folder")
     is_image = source.is_file() and not is_manifest(source)
     _refuse_unused(arguments, is_image)
-    asked: dict[str, Any] = {"input": source.name, "tile": tile, "min_tissue": arguments.min_tissue}
+    asked: dict[str, Any] = {"tile": tile}
     if source.is_dir():
-        asked |= {"labels": arguments.labels}
-        items = folder_items(source, labels=arguments.labels == "folder")
+        asked |= {"labels": arguments.labels, "groups": arguments.groups}
+        items = folder_items(source, labels=arguments.labels == "folder", groups=arguments.groups == "folder")
     elif not is_image:
-        items = manifest_items(source, tiles=tile is not None)
+        items = manifest_items(source, tiles=tile is not None, splits=arguments.split == ["column"])
     else:
         grid = Grid(tile, arguments.stride or tile, arguments.group_block or 4 * tile, arguments.region)
         asked |= grid._asdict() | {"label_purity": arguments.label_purity, "label_names": arguments.label_names}
@@ -134,19 +146,8 @@ def _pack(arguments: argparse.Namespace) -> int:
             purity=arguments.label_purity,
             label_names=arguments.label_names or [],
         )
-    about, unreadable = pack(
-        items,
-        out,
-        asked,
-        samples_per_shard=arguments.samples_per_shard,
-        seed=arguments.seed,
-        tile=tile or 0,
-        min_tissue=arguments.min_tissue,
-        workers=arguments.workers,
-        overwrite=arguments.overwrite,
-    )
-    _report(out, about)
-    return 1 if unreadable and not arguments.allow_bad else 0
+    packed = pack_as_asked(items, out, asked, arguments, tile=tile or 0, min_tissue=arguments.min_tissue)
+    return report(packed, arguments.allow_bad)
 
 
 def _refuse_unused(arguments: argparse.Namespace, is_image: bool) -> None:
@@ -157,8 +158,13 @@ def _refuse_unused(arguments: argparse.Namespace, is_image: bool) -> None:
         )
     if arguments.input.is_dir() and arguments.tile is not None:
         raise ValueError("--tile: needs an image, or a table with the columns path, x and y, not a folder")
-    if not arguments.input.is_dir() and arguments.labels != "none":
-        raise ValueError("--labels folder: only with a folder; a table has a column label")
+    for option in ("labels", "groups"):
+        if not arguments.input.is_dir() and getattr(arguments, option) != "none":
+            raise ValueError(f"--{option} folder: only with a folder; a table has a column {option[:-1]}")
+    if arguments.split == ["column"] and (arguments.input.is_dir() or is_image):
+        raise ValueError("--split column: only with a table, which has a column split")
+    if arguments.shard_megabytes is not None and arguments.tile is not None:
+        raise ValueError("--shard-megabytes: the sizes of tiles are not known before; use --samples-per-shard")
     for option in ("stride", "region", "labels_image", "label_names", "group_block"):
         if not is_image and getattr(arguments, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')}: only where INPUT is an image that is cut into tiles")
@@ -176,11 +182,21 @@ def _index(arguments: argparse.Namespace) -> int:
     if not names:
         raise ValueError(f"{folder}: no tar in this folder")
     about, _ = index_folder(folder, names)
-    _report(folder, about)
+    _describe(folder, about)
     return 0
 
 
-def _report(folder: Path, about: dict[str, Any]) -> None:
+def report(packed: "Sequence[Packed]", allow_bad: bool) -> int:
+    """Says what is there now; returns the exit status."""
+    for folder, about, missing, _ in packed:
+        if about is None:
+            sys.stdout.write(f"{folder}: this part is done; still missing: {missing}\n")
+        else:
+            _describe(folder, about)
+    return 1 if any(one.num_left_out for one in packed) and not allow_bad else 0
+
+
+def _describe(folder: Path, about: dict[str, Any]) -> None:
     """What is in the folder now, in a few lines."""
     size = sum(shard["bytes"] for shard in about["shards"])
     num_shards = len(about["shards"])
@@ -195,14 +211,8 @@ def _report(folder: Path, about: dict[str, Any]) -> None:
     if about.get("without_tissue"):
         lines.append(f"left out: {about['without_tissue']} with too little tissue")
     if about.get("unreadable"):
-        lines.append(f"left out: {about['unreadable']} that cannot be read (named above)")
+        lines.append(f"left out: {about['unreadable']} that cannot be used (their keys: left_out.tsv)")
     sys.stdout.write("\n  ".join(lines) + "\n")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}': expected a whole number of at least 1")
-    return int(text)
 
 
 def _share(text: str) -> float:

@@ -1,233 +1,238 @@
-"""Packs items into a folder of tar shards with an index: the plan, and what of it an earlier run has finished."""
+"""Packs items into folders of tar shards with an index: makes what no earlier run has finished, then the index."""
 
-import fcntl
-import hashlib
-import json
-import logging
+import math
 import multiprocessing
 import os
-import re
 import signal
-import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ssl_platform.data.index_files import describe, number, write_index
-from ssl_platform.data.order import generator
+from ssl_platform.data.identity import Names, numbered, own_salt, write_lookup
+from ssl_platform.data.index_files import describe, read_description, write_index
+from ssl_platform.data.media import Options
+from ssl_platform.data.pack_progress import PackProgress, logger
+from ssl_platform.data.pack_state import (
+    Lock,
+    Part,
+    check_folder,
+    clear,
+    clear_parts,
+    missing_parts,
+    read_state,
+    write_state,
+)
+from ssl_platform.data.planning import Plan, check_room, make_plan
 from ssl_platform.data.sources import Item
-from ssl_platform.data.tar_writing import Job, Numbered, Shard, make_shard, statistics
-from ssl_platform.data.tars import ShardScan, write_json
+from ssl_platform.data.splits import Splits, assign_splits
+from ssl_platform.data.tar_writing import Job, Shard, make_shard, statistics
+from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard
 
-logger = logging.getLogger(__name__)
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+class Packed(NamedTuple):
+    """What is in one folder now."""
+
+    folder: Path
+    about: dict[str, Any] | None
+    """What `index.json` says; None where other parts have still to finish theirs."""
+    missing: str = ""
+    """What they have to finish, in words."""
+    num_left_out: int = 0
+    """Inputs that could not be read, of the whole folder, or of this part where others are not finished."""
 
 
 def pack(
     items: Sequence[Item],
     out: Path,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     *,
-    samples_per_shard: int,
-    seed: int,
+    samples_per_shard: int = 1000,
+    shard_megabytes: float | None = None,
+    seed: int = 0,
     tile: int = 0,
     min_tissue: float = 0.0,
+    splits: Splits = None,
+    names: Names | None = None,
+    keep_columns: Sequence[str] = (),
+    part: Part = Part(),  # noqa: B008 (immutable)
     workers: int = 1,
     overwrite: bool = False,
-) -> tuple[dict[str, Any], list[str]]:
-    """Packs items into `out`; returns what `index.json` says, and a line for each input that could not be read.
+    ignore_room: bool = False,
+) -> list[Packed]:
+    """Packs items into `out`, or each split into its folder of `out`; returns what is there now, folder by folder.
 
-    Finished shards of the same plan are kept. `settings` is what the user asked for: it decides, with the items,
-    whether a plan is the same. Raises ValueError for what a user can mend, OSError if the disk cannot.
+    Finished shards of the same plan are kept. `settings` is what the user asked for besides: it decides, with the other
+    options and the items, whether a plan is the same. Without `names` they are hashed with a salt of their own.
+    Raises ValueError for what a user can mend, OSError if the disk cannot.
     """
-    settings = settings | {"samples_per_shard": samples_per_shard, "seed": seed, "items": _digest(items)}
-    settings = json.loads(json.dumps(settings))  # tuples are lists, as in the file that it is compared with
-    with _locked(out):
-        finished = _finished(out, settings, overwrite)
-        jobs = _jobs(items, out, finished, samples_per_shard, seed, tile, min_tissue)
-        scans: dict[str, ShardScan] = {}
-        saved = 0.0
-        try:
-            for name, shard, scan in _progress(jobs, workers):
-                finished[name], scans[name] = shard, scan
-                if time.monotonic() - saved > 5:
-                    _save(out, settings, finished)
-                    saved = time.monotonic()
-        finally:  # what is finished counts, whatever ends this run
-            _save(out, settings, finished)
-        shards = [finished[name] for name in sorted(finished)]
-        unreadable = [line for shard in shards for line in shard.unreadable]
-        if not any(shard.samples for shard in shards):
-            reason = unreadable[0] if unreadable else f"none of the {len(items)} images has min_tissue {min_tissue}"
-            raise ValueError(f"nothing to pack: {reason}")
-        channels = sorted({int(channels) for shard in shards for channels in shard.pixels})
-        if len(channels) > 1:
-            logger.warning("the images have %s channels, so there is no mean and std", " and ".join(map(str, channels)))
-        about, rows = describe(
-            scans,
-            scanned=False,
-            statistics=statistics(shards),
-            unreadable=len(unreadable),
-            without_tissue=sum(shard.without_tissue for shard in shards),
-            packed=settings,
+    if overwrite and not part.is_whole:
+        raise ValueError("--overwrite: parts would delete each other's shards; delete OUT, or give it without --part")
+    check_folder(out, _split_names(items, splits))
+    names = own_salt(out) if names is None else names
+    samples = numbered(items, names, keep_columns)
+    divided = assign_splits(samples, splits, seed)
+    if splits is not None and all(item.group is None for item in items):
+        logger.warning("no sample has a group: whoever is in several images may be in several splits")
+    plans = [
+        make_plan(
+            out / split,
+            held,
+            {**settings, "min_tissue": min_tissue, **({"split": splits, "name": split} if splits else {})},
+            names,
+            Options(tile, keep_metadata=names.are_plain),
+            samples_per_shard=samples_per_shard,
+            shard_megabytes=shard_megabytes,
+            seed=seed,
+            min_tissue=min_tissue,
         )
-        write_index(out, about, rows)
-    return about, unreadable
+        for split, held in divided.items()
+    ]
+    to_do = [job for plan in plans for job in plan.unfinished(read_state(plan.folder, plan.settings, overwrite))]
+    check_room(out, to_do, ignore_room)
+    if not names.are_plain:
+        write_lookup(out, items, names, divided)
+    return [_pack_folder(plan, part, workers, overwrite) for plan in plans]
 
 
-# -- the plan --------------------------------------------------------------------------------------------------------
+def _split_names(items: Sequence[Item], splits: Splits) -> set[str]:
+    if isinstance(splits, str):
+        return {item.split for item in items if item.split}
+    return {*(splits or ())}
 
 
-def _digest(items: Sequence[Item]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
-    for item in items:
-        digest.update(repr(item[1:]).encode())  # all but the path, so that a data set may move
-    return digest.hexdigest()
-
-
-def _jobs(
-    items: Sequence[Item],
-    out: Path,
-    finished: dict[str, Shard],
-    samples_per_shard: int,
-    seed: int,
-    tile: int,
-    min_tissue: float,
-) -> list[Job]:
-    """Shuffled items in shards of equal size, give or take one."""
-    labels, _ = number([item.label for item in items])
-    num_shards = -(-len(items) // samples_per_shard)
-    digits = max(6, len(str(len(items))))
-    order = generator("pack", seed).permutation(len(items))
-    jobs = []
-    for shard, chosen in enumerate(np.array_split(order, num_shards)):
-        name = f"shard-{shard:06d}.tar"
-        places: list[int] = chosen.tolist()
-        if tile:  # the tiles of an image together, so that it is decoded once a shard
-            places.sort(key=lambda i: items[i].path)
-        samples = [Numbered(_key(items[i], f"{i:0{digits}d}"), items[i], int(labels[i])) for i in places]
-        jobs.append(Job(out / name, samples, tile, min_tissue, finished.get(name)))
-    return jobs
-
-
-def _key(item: Item, number: str) -> str:
-    """Sorted keys are in the order of the input; no dots, which would end the key."""
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(item.name).stem)[:60]
-    return f"{number}_{stem}" + (f"_x{item.corner[0]}_y{item.corner[1]}" if item.corner else "")
-
-
-def _finished(out: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Shard]:
-    """The shards that an earlier run of the same plan finished; raises ValueError if something else is in `out`."""
-    ours = {path.name for path in out.glob("shard-*.tar")} | {"pack.json", "index.json", "index.npy"}
-    found = {path.name for path in out.iterdir() if not path.name.startswith(".")}
-    if foreign := sorted(found - ours):
-        raise ValueError(f"{out}: holds files that ssl-pack did not write ({foreign[0]}, ...): name an empty folder")
-    for part in out.glob(".*.part"):
-        part.unlink()
-    if overwrite:
-        for name in sorted(found):  # index.json first: without it nobody takes the rest for a data set
-            (out / name).unlink()
-        return {}
-    if not found:
-        return {}
+def _pack_folder(plan: Plan, part: Part, workers: int, overwrite: bool) -> Packed:
+    mine = part.shards(len(plan.jobs))
+    lock = Lock(plan.folder)
     try:
-        about = json.loads((out / "pack.json").read_text(encoding="utf-8"))
-        shards = {name: Shard(**shard) for name, shard in about["shards"].items()}
-        before = about["settings"]
-    except FileNotFoundError:
-        raise ValueError(
-            f"{out}: not empty, and without the pack.json of an earlier run: name an empty folder"
-        ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{out / 'pack.json'}: cannot be read ({error}); start afresh with --overwrite") from error
-    differ = [f"{key} ({_short(before, key)}, now {_short(settings, key)})" for key in sorted({*before, *settings})
-              if before.get(key) != settings.get(key)]  # fmt: skip
-    if differ:
-        raise ValueError(
-            f"{out}: holds shards of another plan, which differs in {', '.join(differ)}; "
-            "name an empty folder, or start afresh with --overwrite"
-        )
-    return shards
+        lock.take(range(1 << 40) if part.is_whole else mine)
+        finished = read_state(plan.folder, plan.settings, overwrite)
+        if overwrite:
+            clear(plan.folder)
+        if mine and not (plan.folder / "pack.json").exists():
+            write_state(plan.folder, Part(), plan.settings, {})
+        jobs = [plan.jobs[number]._replace(done=finished.get(plan.jobs[number].path.name)) for number in mine]
+        _remove_leftovers(plan.folder, None if part.is_whole else [job.path.name for job in jobs])
+        ours = {job.path.name for job in jobs}
+        before = {name: shard for name, shard in finished.items() if name in ours}
+        shards, scans = _make(plan, part, jobs, before, workers)
+        if part.is_whole:
+            return _finish(plan, shards, scans, workers)
+        lock.release_shards()
+        lock.wait_for_index()
+        everything = read_state(plan.folder, plan.settings)
+        num_left_out = sum(len(shard.left_out) for shard in shards.values())
+        if not all(_is_there(job.path, everything) for job in plan.jobs):
+            return Packed(plan.folder, None, missing_parts(plan.folder), num_left_out)
+        if not lock.take_all():
+            return Packed(plan.folder, None, "the index, which the last part at work writes", num_left_out)
+        about = read_description(plan.folder)  # of a part that finished with this one
+        if about is not None:
+            clear_parts(plan.folder)
+            return Packed(plan.folder, about, num_left_out=about["unreadable"])
+        return _finish(plan, everything, scans, workers)
+    finally:
+        lock.close()
 
 
-def _short(settings: dict[str, Any], key: str) -> str:
-    return "other files, labels or groups" if key == "items" else json.dumps(settings.get(key))
+def _is_there(path: Path, shards: Mapping[str, Shard]) -> bool:
+    return path.name in shards and path.is_file() and path.stat().st_size == shards[path.name].bytes
 
 
-def _save(out: Path, settings: dict[str, Any], finished: dict[str, Shard]) -> None:
-    shards = {name: asdict(shard) for name, shard in sorted(finished.items())}
-    write_json(out / "pack.json", {"settings": settings, "shards": shards})
+def _remove_leftovers(folder: Path, shards: Sequence[str] | None) -> None:
+    """Deletes what killed runs left: all of it, or what they left of certain shards while others are at work."""
+    for pattern in [".*.part"] if shards is None else [f".{name}.*.part" for name in shards]:
+        for path in folder.glob(pattern):
+            path.unlink(missing_ok=True)
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """Makes the folder and keeps a second ssl-pack out of it. (POSIX locks are not inherited by forked workers.)"""
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out}: is a file; expected a folder for the shards")
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
+def _make(
+    plan: Plan, part: Part, jobs: Sequence[Job], finished: Mapping[str, Shard], workers: int
+) -> tuple[dict[str, Shard], dict[str, ShardScan]]:
+    """Makes the shards of the jobs and keeps account of them, whatever ends this run."""
+    shards, scans = dict(finished), dict[str, ShardScan]()
+    saved = -math.inf
+    with PackProgress(sum(len(job.samples) for job in jobs)) as progress:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another ssl-pack is at work in this folder") from None
-        try:
-            yield
+            for job, made in parallel(make_shard, jobs, workers):
+                for line in made.reasons:
+                    logger.warning("left out: %s", line)
+                shards[job.path.name], scans[job.path.name] = made.shard, made.scan
+                progress.finished(len(job.samples), made)
+                if time.monotonic() - saved > 5:
+                    write_state(plan.folder, part, plan.settings, shards)
+                    saved = time.monotonic()
         finally:
-            (out / ".lock").unlink()
+            if jobs:
+                write_state(plan.folder, part, plan.settings, shards)
+    return shards, scans
 
 
-# -- the work --------------------------------------------------------------------------------------------------------
-
-
-def _progress(jobs: Sequence[Job], workers: int) -> Iterator[tuple[str, Shard, ShardScan]]:
-    """Does the jobs, with a bar where stderr is a terminal, else with a line in the log from time to time."""
-    total, done, begun = sum(len(job.samples) for job in jobs), 0, time.monotonic()
-    said = begun
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TextColumn("samples"),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        disable=not sys.stderr.isatty(),
+def _finish(plan: Plan, shards: Mapping[str, Shard], scans: Mapping[str, ShardScan], workers: int) -> Packed:
+    """Writes the list of what was left out, the state of all parts together, and last the index."""
+    every = [shards[job.path.name] for job in plan.jobs]
+    left_out = [entry for shard in every for entry in shard.left_out]
+    write_state(plan.folder, Part(), plan.settings, shards)
+    clear_parts(plan.folder)
+    _write_left_out(plan.folder, left_out)
+    without_tissue = sum(shard.without_tissue for shard in every)
+    if not any(shard.samples for shard in every):
+        raise ValueError(
+            f"{plan.folder}: nothing to pack: of {sum(len(job.samples) for job in plan.jobs)} inputs {len(left_out)} cannot "
+            f"be used (named above) and {without_tissue} have less than min_tissue {plan.settings['min_tissue']}"
+        )
+    channels = sorted({int(channels) for shard in every for channels in shard.pixels})
+    if len(channels) > 1:
+        logger.warning("the images have %s channels, so there is no mean and std", " and ".join(map(str, channels)))
+    others = [job.path for job in plan.jobs if job.path.name not in scans]
+    about, rows = describe(
+        {**scans, **{path.name: scan for path, scan in parallel(scan_shard, others, workers)}},
+        scanned=False,
+        statistics=statistics(every),
+        unreadable=len(left_out),
+        without_tissue=without_tissue,
+        packed=plan.settings,
     )
-    with bar:
-        task = bar.add_task("packing", total=total)
-        for job, (shard, scan) in _done(jobs, workers):
-            for line in shard.unreadable:
-                logger.warning("left out: %s", line)
-            done += len(job.samples)
-            bar.advance(task, len(job.samples))
-            if not sys.stderr.isatty() and time.monotonic() - said > 30:
-                said = time.monotonic()
-                logger.info("%d of %d samples, %.0f a second", done, total, done / (said - begun))
-            yield job.path.name, shard, scan
+    write_index(plan.folder, about, rows)
+    return Packed(plan.folder, about, num_left_out=len(left_out))
 
 
-def _done(jobs: Sequence[Job], workers: int) -> Iterator[tuple[Job, tuple[Shard, ShardScan]]]:
-    """The jobs with their results, as they are done; no more than a few are under way, so that memory stays small."""
-    if workers <= 1 or len(jobs) == 1:
-        yield from ((job, make_shard(job)) for job in jobs)
+def _write_left_out(folder: Path, left_out: Sequence[Sequence[str]]) -> None:
+    path = folder / "left_out.tsv"
+    if not left_out:
+        path.unlink(missing_ok=True)
+        return
+    with atomic_file(path) as file:
+        file.write("".join(f"{key}\t{reason}\n" for key, reason in [("key", "reason"), *left_out]).encode())
+
+
+# -- processes ---------------------------------------------------------------------------------------------------------
+
+
+def parallel(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Result]]:
+    """The tasks with their results, as they are done; no more than a few are under way, so that memory stays small."""
+    if workers <= 1 or len(tasks) <= 1:
+        yield from ((task, function(task)) for task in tasks)
         return
     pool = ProcessPoolExecutor(
-        min(workers, len(jobs)), multiprocessing.get_context("fork"), initializer=_begin_worker, initargs=(os.getpid(),)
+        min(workers, len(tasks)),
+        multiprocessing.get_context("fork"),
+        initializer=_begin_worker,
+        initargs=(os.getpid(),),
     )
-    waiting = iter(jobs)
-    running: dict[Future[tuple[Shard, ShardScan]], Job] = {}
+    waiting = iter(tasks)
+    running: dict[Future[Result], Task] = {}
     try:
         while True:
-            while len(running) < 2 * workers and (job := next(waiting, None)) is not None:
-                running[pool.submit(make_shard, job)] = job
+            while len(running) < 2 * workers and (task := next(waiting, None)) is not None:
+                running[pool.submit(function, task)] = task
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:

@@ -4,6 +4,7 @@ import csv
 import os
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ssl_platform.data import dicom
 from ssl_platform.modalities._images import EXTENSIONS, decode_image
 
 _MANIFESTS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
@@ -29,30 +31,57 @@ class Item(NamedTuple):
     """Further (name, text) pairs of a manifest."""
     corner: tuple[int, int] | None = None
     """x, y of the upper left pixel of a tile; None = the whole file, as it is."""
+    split: str | None = None
+    """The split that the user put it into."""
+    medium: str = "image"
+    """The file of `ssl_platform.data.media` that reads it."""
 
 
-def folder_items(folder: Path, labels: bool) -> list[Item]:
-    """Every image below a folder, sorted; with `labels`, the first folder of its relative path is its label."""
+def folder_items(folder: Path, labels: bool, groups: bool = False) -> list[Item]:
+    """Every image below a folder, sorted; with `labels` or `groups`, the first folder of its relative path is that.
+
+    Otherwise the group of a DICOM file is its PatientID.
+    """
+    known = (*EXTENSIONS, *dicom.EXTENSIONS)
     paths = [
         Path(place, file)
         for place, _, files in os.walk(folder, followlinks=True)
         for file in files
-        if not file.startswith(".") and Path(file).suffix[1:].lower() in EXTENSIONS
+        if not file.startswith(".") and Path(file).suffix[1:].lower() in known
     ]
     if not paths:
-        raise ValueError(f"{folder}: no image in this folder or below it (looked for {', '.join(EXTENSIONS)})")
+        raise ValueError(f"{folder}: no image in this folder or below it (looked for {', '.join(known)})")
     names = sorted(path.relative_to(folder).as_posix() for path in paths)
-    texts = [name.split("/")[0] if labels and "/" in name else "" for name in names]
-    return [Item(folder / name, name, label) for name, label in zip(names, _typed(texts), strict=True)]
+    first = _typed([name.split("/")[0] if "/" in name else "" for name in names])
+    items = [
+        Item(folder / name, name, value if labels else None, value if groups else None)
+        for name, value in zip(names, first, strict=True)
+    ]
+    return items if groups else _with_patients(items)
+
+
+def _with_patients(items: list[Item]) -> list[Item]:
+    """The items, with the PatientID of DICOM files as group where none is given."""
+    unknown = [
+        place
+        for place, item in enumerate(items)
+        if item.group is None and item.path.suffix[1:].lower() in (*dicom.EXTENSIONS, "")
+    ]
+    if unknown:
+        with ThreadPoolExecutor(16) as pool:  # a header is a short read, which a network file system answers slowly
+            for place, group in zip(unknown, pool.map(dicom.patient, [items[i].path for i in unknown]), strict=True):
+                items[place] = items[place]._replace(group=group)
+    return items
 
 
 def is_manifest(path: Path) -> bool:
     return path.suffix.lower() in _MANIFESTS
 
 
-def manifest_items(manifest: Path, tiles: bool) -> list[Item]:
+def manifest_items(manifest: Path, tiles: bool, splits: bool = False) -> list[Item]:
     """The rows of a CSV or TSV file: columns path, label, group, any others; with `tiles`, x and y of a tile's corner.
 
+    With `splits` the column split says which split a row is in. DICOM files without a group have their PatientID's.
     Raises ValueError with the numbers of the lines that are wrong.
     """
     try:
@@ -69,19 +98,25 @@ def manifest_items(manifest: Path, tiles: bool) -> list[Item]:
                 f"{manifest}: line 1: no column '{name}'{why}; the columns are {', '.join(header) or 'none'}; "
                 f"known are path, label, group and any others"
             )
+    if splits and "split" not in header:
+        raise ValueError(
+            f"{manifest}: line 1: no column 'split', which --split column reads; there are {', '.join(header)}"
+        )
     if twice := [name for name in header if header.count(name) > 1]:
         raise ValueError(f"{manifest}: line 1: column '{twice[0]}' is there twice")
     if len(rows) < 2:
         raise ValueError(f"{manifest}: no row below the header")
-    problems = [(line, problem) for line, row in rows[1:] if (problem := _row_problem(manifest, header, row, tiles))]
+    problems = [
+        (line, problem) for line, row in rows[1:] if (problem := _row_problem(manifest, header, row, tiles, splits))
+    ]
     if problems:
         lines = [f"  line {line}: {problem}" for line, problem in problems[:_MAX_LINES]]
         more = [f"  and {len(problems) - _MAX_LINES} more"] * (len(problems) > _MAX_LINES)
         raise ValueError("\n".join([f"{manifest}: {len(problems)} lines cannot be used", *lines, *more]))
     table = [dict(zip(header, row, strict=True)) for _, row in rows[1:]]
     labels, groups = (_typed([row.get(name, "").strip() for row in table]) for name in ("label", "group"))
-    special = {"path", "label", "group", *(("x", "y") if tiles else ())}
-    return [
+    special = {"path", "label", "group", *(("x", "y") if tiles else ()), *(("split",) if splits else ())}
+    items = [
         Item(
             path=manifest.parent / row["path"],
             name=row["path"],
@@ -89,12 +124,14 @@ def manifest_items(manifest: Path, tiles: bool) -> list[Item]:
             group=group,
             columns=tuple((name, text) for name, text in row.items() if name not in special),
             corner=(int(row["x"]), int(row["y"])) if tiles else None,
+            split=row["split"].strip() if splits else None,
         )
         for row, label, group in zip(table, labels, groups, strict=True)
     ]
+    return _with_patients(items)
 
 
-def _row_problem(manifest: Path, header: Sequence[str], row: Sequence[str], tiles: bool) -> str | None:
+def _row_problem(manifest: Path, header: Sequence[str], row: Sequence[str], tiles: bool, splits: bool) -> str | None:
     if len(row) != len(header):
         return f"{len(row)} columns, but the header has {len(header)}"
     values = dict(zip(header, row, strict=True))
@@ -105,6 +142,8 @@ def _row_problem(manifest: Path, header: Sequence[str], row: Sequence[str], tile
     for name in ("x", "y") if tiles else ():
         if not re.fullmatch(r"\d+", values[name].strip()):
             return f"{name} is '{values[name]}', expected a whole number of pixels"
+    if splits and not re.fullmatch(r"[A-Za-z0-9_-]+", values["split"].strip()):
+        return f"split is '{values['split']}', expected a name such as train, of letters, digits, _ and -"
     return None
 
 
@@ -203,7 +242,10 @@ def read_image(path: Path) -> NDArray[np.generic]:
         except OSError as error:
             raise ValueError(f"{path}: {error.strerror}") from error
         try:
-            _last_image[path] = decode_image(data, path.suffix[1:].lower()).numpy()
+            if dicom.is_dicom(data):
+                _last_image[path] = dicom.read_dicom(data, refuse_burnt_in=True)[0]
+            else:
+                _last_image[path] = decode_image(data, path.suffix[1:].lower()).numpy()
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
     return _last_image[path]

@@ -1,0 +1,56 @@
+"""What ssl-pack can put into shards: a file of this folder for each medium, with a function `load`.
+
+`Item.medium` names the file. Whatever depends on the kind of data is in it: which bytes are stored, what shows that they
+can be decoded, and the values of which the index keeps mean and std.
+"""
+
+from importlib import import_module
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl_platform.data.sources import Item
+
+
+class Options(NamedTuple):
+    """What of the command line matters to the contents of a sample."""
+
+    tile: int = 0
+    """Width and height of a tile in pixels, for items with a corner."""
+    keep_metadata: bool = False
+    """True: files are public and stored as they are. False: stored is nothing that could name anybody."""
+
+
+class Content(NamedTuple):
+    """The contents of one sample."""
+
+    data: bytes
+    extension: str
+    """Of the tar member; what the modality's `decode` looks for."""
+    values: NDArray[Any] | None = None
+    """(C, ...) of which mean and std are taken for each channel: integers count as shares of their largest value, floats
+    as they are. None: no statistics."""
+    about: dict[str, Any] = {}
+    """What the sample's `json` says besides label, group and columns."""
+
+
+class Medium(Protocol):
+    """A module of this folder."""
+
+    def load(self, item: Item, options: Options) -> Content:
+        """Reads and checks an item; raises ValueError or OSError with the reason if it is bad, and it is left out."""
+
+
+def medium(name: str) -> Medium:
+    module: Any = import_module(f"{__name__}.{name}")
+    found: Medium = module
+    return found
+
+
+def moments(values: NDArray[Any]) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
+    """How many values a channel has, and each channel's sum and sum of squares (C,)."""
+    numbers = values.reshape(len(values), -1).astype(np.float64)
+    if values.dtype.kind in "iu":
+        numbers /= np.iinfo(values.dtype).max
+    return numbers.shape[1], numbers.sum(axis=1), np.square(numbers).sum(axis=1)
