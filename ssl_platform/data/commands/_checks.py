@@ -212,7 +212,8 @@ def _unlike_the_scan(declared: _Declared, scan: ShardScan) -> Iterator[tuple[int
     """Samples whose byte range is not that of exactly one whole sample."""
     real = dict(zip(scan.starts, scan.stops, strict=True))
     starts, stops = declared.rows["start"], declared.rows["stop"]
-    for number in np.flatnonzero([real.get(start) != stop for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]).tolist():  # fmt: skip
+    differs = [real.get(start) != stop for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+    for number in np.flatnonzero(differs).tolist():
         stop = real.get(int(starts[number]))
         there = "no sample begins there" if stop is None else f"the sample there ends at {stop}"
         yield number, f"the index says bytes {starts[number]} to {stops[number]}, but {there}"

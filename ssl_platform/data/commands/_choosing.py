@@ -109,7 +109,7 @@ def read_scores(path: Path, keys: list[str]) -> NDArray[np.float64]:
             raise ValueError(f"{path}: cannot be read as a NumPy array ({error})") from error
         if given.shape != (len(keys),) or given.dtype.kind not in "fiu":
             raise ValueError(f"{path}: expected {len(keys)} numbers, one a sample, found {given.dtype} {given.shape}")
-        scores = given.astype(np.float64)
+        scores: NDArray[np.float64] = given.astype(np.float64)
     else:
         scores = _read_table(path, keys)
     if len(bad := np.flatnonzero(~np.isfinite(scores))):

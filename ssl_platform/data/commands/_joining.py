@@ -49,7 +49,7 @@ def merge(inputs: Sequence[Path], out: Path, *, link: bool, allow_duplicate_keys
         "inputs": [
             [source.name, *_state(source)[:1], count]
             for source, count in zip(index.shards, index.shard_counts, strict=True)
-        ],  # fmt: skip
+        ],
         "samples": hashlib.blake2b(index.starts.tobytes() + index.stops.tobytes(), digest_size=16).hexdigest(),
     }
     needed = 0 if link else sum(job.source_state[0] for job in jobs)

@@ -1,8 +1,10 @@
 """The report of `ssl-pack inspect` as one HTML page that needs nothing but itself."""
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
+from itertools import pairwise
 from typing import Any
 
 _STYLE = """
@@ -10,7 +12,8 @@ _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; margin: 0 0 .25rem; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1rem 0 .25rem; font-weight: 600; }
-table { border-collapse: collapse; margin: .5rem 0 1rem; } caption { text-align: left; padding-bottom: .25rem; white-space: nowrap; }
+table { border-collapse: collapse; margin: .5rem 0 1rem; }
+caption { text-align: left; padding-bottom: .25rem; white-space: nowrap; }
 th, td { text-align: left; padding: .2rem .9rem .2rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; } th { font-weight: 600; }
 td { overflow-wrap: anywhere; }
@@ -21,7 +24,7 @@ td { overflow-wrap: anywhere; }
 figcaption { font-size: 11px; max-width: 112px; overflow-wrap: anywhere; line-height: 1.25; opacity: .75; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(20rem, 1fr)); gap: 1rem 2rem; }
 svg { width: 100%; height: auto; } svg rect { fill: var(--bar); } svg text { fill: currentColor; font-size: 11px; }
-svg line { stroke: var(--line); } summary { cursor: pointer; } .group { margin: .75rem 0; }
+svg line { stroke: var(--line); } summary { cursor: pointer; } .groups { gap: .5rem 2rem; }
 nav { margin: .5rem 0; } nav a { margin-right: 1rem; color: inherit; }
 """
 
@@ -120,7 +123,10 @@ def _figure(jpeg: bytes, alternative: str, caption: str) -> str:
 
 
 def _members(members: Mapping[str, Mapping[str, int]]) -> str:
-    rows = [[name, m["number"], _bytes(m["bytes"]), _bytes(m["smallest"]), _bytes(m["largest"])] for name, m in members.items()]  # fmt: skip
+    rows = [
+        [name, found["number"], *(_bytes(found[size]) for size in ("bytes", "smallest", "largest"))]
+        for name, found in members.items()
+    ]
     return _table(
         "Members of the samples that were read", ["extension", "number", "bytes", "smallest", "largest"], rows
     )
@@ -138,7 +144,7 @@ def _histogram(name: str, plot: Mapping[str, Any]) -> str:
         bins = [_short(value) for value in plot["values"]]
     else:
         edges = plot["edges"]
-        bins = [f"{_short(low)} to {_short(high)}" for low, high in zip(edges[:-1], edges[1:], strict=True)]
+        bins = [f"{_short(low)} to {_short(high)}" for low, high in pairwise(edges)]
     step, top = 340 / len(counts), max(counts)
     width = min(step * 0.9, 40)
     bars = "".join(
@@ -167,8 +173,8 @@ def _histogram(name: str, plot: Mapping[str, Any]) -> str:
 
 def _duplicates(duplicates: Mapping[str, Any]) -> str:
     text = (
-        f"<p>{duplicates['redundant']:,} samples hold the same bytes as another one, in {duplicates['groups']:,} groups. "
-        f"{duplicates['keys_used_twice']:,} keys belong to more than one sample.</p>"
+        f"<p>Samples to spare, which hold the same bytes as another one: {duplicates['redundant']:,}, "
+        f"in {duplicates['groups']:,} groups. Keys of more than one sample: {duplicates['keys_used_twice']:,}.</p>"
     )
     rows = [
         [size, ", ".join(keys) + (", ..." if size > len(keys) else "")]
@@ -181,9 +187,10 @@ def _near_duplicates(near: Mapping[str, Any], pictures: Mapping[int, bytes]) -> 
     what = "16 x 16 grey thumbnails" if near["features"] == "thumbnails" else "the features given"
     text = [
         f"<p>Of {near['compared']:,} samples compared, {near['redundant']:,} are near-duplicates (cosine of at least "
-        f"{near['threshold']} between {what}) of one of {near['groups']:,} that would be kept.</p>"
+        f"{near['threshold']} between {what}) of one of {near['groups']:,} that would be kept. In brackets: the cosine "
+        "with the first of the group, which is the one kept.</p>"
     ]
-    rest = []
+    shown_groups, rest = [], []
     for size, group in zip(near["sizes"], near["listed"], strict=True):
         shown = [sample for sample in group if sample["sample"] in pictures][:4]
         if len(shown) < 2:
@@ -193,7 +200,8 @@ def _near_duplicates(near: Mapping[str, Any], pictures: Mapping[int, bytes]) -> 
             _figure(pictures[sample["sample"]], sample["key"], f"{sample['key']} ({sample['cosine']:.3f})")
             for sample in shown
         )
-        text.append(f'<div class="group">{size} samples<div class="pictures">{figures}</div></div>')
+        shown_groups.append(f'<div class="group">{size} samples<div class="pictures">{figures}</div></div>')
+    text.append(f'<div class="pictures groups">{"".join(shown_groups)}</div>')
     if rest:
         text.append(_table("More groups: keys (cosine with the first)", ["samples", "keys"], rest))
     return "".join(text)
@@ -208,17 +216,16 @@ def _bad(bad: Mapping[str, Any]) -> str:
 
 
 def _table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    head = "".join(f'<th scope="col"{_align(row)}>{escape(name)}</th>' for name, row in zip(heads, _first(rows, heads), strict=True))  # fmt: skip
+    first = rows[0] if rows else heads
+    head = "".join(
+        f'<th scope="col"{_align(cell)}>{escape(name)}</th>' for name, cell in zip(heads, first, strict=True)
+    )
     body = "".join("<tr>" + "".join(f"<td{_align(cell)}>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def _first(rows: Sequence[Sequence[Any]], heads: Sequence[str]) -> Sequence[Any]:
-    return rows[0] if rows else heads
-
-
 def _align(cell: Any) -> str:
-    is_number = isinstance(cell, int | float) or (isinstance(cell, str) and cell.endswith((" %", "%", " MB", " kB", " B", " GB")))  # fmt: skip
+    is_number = isinstance(cell, int | float) or re.fullmatch(r"[\d.,]+( [kMG]?B|%)", cell) is not None
     return ' class="n"' if is_number else ""
 
 
