@@ -145,8 +145,8 @@ def _check_shard(job: _Job, decode: bool) -> Checked:
     scan = None
     try:
         scan = scan_shard(job.path)
-    except ValueError as error:
-        wrong("", _without(str(error), job.path))
+    except Exception as error:
+        wrong("", _without(reason(error), job.path))
     for name, why in _bad_members(job.path):
         wrong(name, why)
     if scan is not None and scan.stops and size < scan.stops[-1] + tarfile.BLOCKSIZE:
@@ -161,7 +161,7 @@ def _check_shard(job: _Job, decode: bool) -> Checked:
                 if len(data) < stop - start:
                     raise ValueError(f"the shard ends at byte {start + len(data)}, inside this sample")
                 record = parse_record(data)
-            except ValueError as error:
+            except Exception as error:  # damaged headers make `tarfile` raise almost anything
                 wrong(f"sample {number}", f"bytes {start} to {stop}: {reason(error)}")
                 continue
             found.keys.append(record.key)
@@ -197,7 +197,7 @@ def _bad_members(path: Path) -> Iterator[tuple[str, str]]:
                     yield member.name, "neither a file nor a folder"
                 if member.name.lower().endswith((".gz", ".bz2", ".xz", ".zst")):
                     yield member.name, "compressed member, which is not decompressed when read"
-    except ValueError:
+    except Exception:
         return
 
 

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ssl_platform.data.index import Index
+from ssl_platform.data.reading import reason
 from ssl_platform.data.tars import _members, split_name
 
 logger = logging.getLogger(__name__)
@@ -103,8 +104,8 @@ def _first_key(file: Any, start: int, path: Any) -> str:
             if member.isreg() and (name := split_name(member.name)):
                 return name[0]
             break
-    except ValueError as error:
-        raise ValueError(f"{path}: byte {start}: {error}; `ssl-pack verify` names all that is wrong") from error
+    except Exception as error:  # damaged headers make `tarfile` raise almost anything
+        raise ValueError(f"{path}: byte {start}: {reason(error)}; `ssl-pack verify` names all that is wrong") from error
     raise ValueError(f"{path}: byte {start}: no sample begins here; `ssl-pack verify` names all that is wrong")
 
 

@@ -33,3 +33,8 @@ def number(text: str) -> float:
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """`--workers`, the same for each command."""
     parser.add_argument("--workers", metavar="N", type=count, default=1, help="processes; default 1")
+
+
+def counted(number: int, thing: str) -> str:
+    """ "1 shard", "2 shards"."""
+    return f"{number} {thing}{'s' * (number != 1)}"

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ssl_platform.data.commands._options import counted
 from ssl_platform.data.tars import write_json
 
 _SECONDS_BETWEEN_SAVES = 5
@@ -103,8 +104,9 @@ def shard_name(number: int) -> str:
 
 def report(out: Path, about: Mapping[str, Any]) -> None:
     """Says on the screen what is in the folder now."""
-    size, num_shards = sum(shard["bytes"] for shard in about["shards"]), len(about["shards"])
-    lines = [f"{out}: {about['samples']} samples in {num_shards} shard{'s' * (num_shards > 1)}, {size / 1e6:.1f} MB"]
+    size = sum(shard["bytes"] for shard in about["shards"])
+    shards = counted(len(about["shards"]), "shard")
+    lines = [f"{out}: {counted(about['samples'], 'sample')} in {shards}, {size / 1e6:.1f} MB"]
     if about["label_counts"]:
         lines.append("labels: " + ", ".join(f"{label}: {count}" for label, count in about["label_counts"].items()))
     statistics = about["statistics"] or {"mean": [], "std": []}

@@ -23,6 +23,7 @@ from ssl_platform.data.commands._joining import cls_differs
 from ssl_platform.data.commands._out import Unfinished, shard_name, unfinished
 from ssl_platform.data.index import Index
 from ssl_platform.data.index_files import describe, write_index
+from ssl_platform.data.reading import reason
 from ssl_platform.data.tar_writing import Shard, _count, statistics
 from ssl_platform.data.tars import ShardScan, atomic_file, parse_record, scan_shard
 
@@ -123,9 +124,9 @@ def _bytes_of(index: Index, sample: int) -> bytes:
         os.close(file)
     try:
         parse_record(data)
-    except ValueError as error:
+    except Exception as error:  # damaged headers make `tarfile` raise almost anything
         raise ValueError(
-            f"{index.shards[place.shard]}: sample {sample}: {error}; leave such samples out with --drop-bad"
+            f"{index.shards[place.shard]}: sample {sample}: {reason(error)}; leave such samples out with --drop-bad"
         ) from error
     return data
 

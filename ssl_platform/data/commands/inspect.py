@@ -20,7 +20,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssl_platform.data.commands._options import add_workers, count, share
+from ssl_platform.data.commands._options import add_workers, count, counted, share
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     write_json(out / "inspect.json", report)
     bad = report["bad"]["samples"]
     lines = [
-        f"{report['samples']} samples in {report['shards']} shards, {report['bytes'] / 1e6:.1f} MB; "
+        f"{counted(report['samples'], 'sample')} in {counted(report['shards'], 'shard')}, {report['bytes'] / 1e6:.1f} MB; "
         f"{report['examined']} read",
         f"labels: {len(report['labels'])}, groups: {report['groups']['number']}",
         f"duplicates: {report['duplicates']['redundant']} to spare; near-duplicates at cosine {arguments.near}: "

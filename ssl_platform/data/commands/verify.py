@@ -16,7 +16,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssl_platform.data.commands._options import add_workers
+from ssl_platform.data.commands._options import add_workers, counted
 
 _SHOWN = 50
 
@@ -52,7 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
     lines = [": ".join(part for part in problem if part) for problem in found.problems[:_SHOWN]]
     if len(found.problems) > _SHOWN:
         lines.append(f"and {len(found.problems) - _SHOWN} more" + (" (--json FILE has all)" * (not arguments.json)))
-    what = f"{found.samples} samples in {found.shards} shards, {found.decoded} decoded"
+    what = f"{counted(found.samples, 'sample')} in {counted(found.shards, 'shard')}, {found.decoded} decoded"
     lines.append(f"{what}: {len(found.problems) or 'nothing'} wrong")
     sys.stdout.write("\n".join(lines) + "\n")
     return 1 if found.problems else 0
