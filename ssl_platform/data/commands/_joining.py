@@ -59,10 +59,10 @@ def merge(inputs: Sequence[Path], out: Path, *, link: bool, allow_duplicate_keys
         for job, scan in results(work, jobs, workers=workers, description="merging", size=lambda job: job.samples):
             folder.finish(job.out.name, {"bytes": scan.size, "source": job.source_state})
             scans[job.out.name] = scan
-            if len(scan.starts) != job.samples:
+            first, stop = index.shard_ranges[len(scans) - 1].tolist()
+            if scan.starts != index.starts[first:stop].tolist() or scan.stops != index.stops[first:stop].tolist():
                 raise ValueError(
-                    f"{job.source}: holds {len(scan.starts)} samples, and its index says {job.samples}; "
-                    "`ssl-pack verify` names what is wrong"
+                    f"{job.source}: its samples do not lie where its index says; `ssl-pack verify` names what is wrong"
                 )
         folder.save()
         about, rows = describe(scans, scanned=False, statistics=_joined_statistics(inputs, index))

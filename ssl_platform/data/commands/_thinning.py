@@ -20,6 +20,7 @@ from ssl_platform.data.commands._choosing import Choice, Rules, choose
 from ssl_platform.data.commands._examine import decode_members
 from ssl_platform.data.commands._jobs import results
 from ssl_platform.data.commands._joining import cls_differs
+from ssl_platform.data.commands._options import counted
 from ssl_platform.data.commands._out import Unfinished, shard_name, unfinished
 from ssl_platform.data.index import Index
 from ssl_platform.data.index_files import describe, write_index
@@ -64,7 +65,7 @@ def prune(
         folder.save()
         undecoded = sum(len(shard.unreadable) for shard in shards)
         if undecoded:
-            logger.warning("%d samples cannot be decoded, such as %s", undecoded, _first(shards))
+            logger.warning("%s cannot be decoded, such as %s", counted(undecoded, "sample"), _first(shards))
         about, rows = describe(
             scans,
             scanned=False,
