@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ssl_platform.config import plugin_names
 from ssl_platform.data.pack import main
 from tests.packed import image_bytes, pattern, sample, ssl_pack, write_tar
 
@@ -207,7 +208,9 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
     text = capsys.readouterr().out
-    for name in ("inspect", "verify", "merge", "prune"):
+    names = plugin_names("ssl_platform.data.commands")
+    assert {"inspect", "verify", "merge", "prune"} <= set(names)
+    for name in names:
         assert f"\n  {name}" in text
         with pytest.raises(SystemExit):
             main([name, "--help"])

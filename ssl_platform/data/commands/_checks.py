@@ -103,10 +103,10 @@ def _jobs(folder: Path, names: list[str] | None, problems: list[Problem], with_f
     about, rows = None, None
     try:
         about = read_description(folder)
-        rows = None if about is None else _read_rows(folder, about)
-        if about is not None and sum(shard["samples"] for shard in about["shards"]) != about["samples"]:
-            raise ValueError(f"{folder / 'index.json'}: its shards do not add up to {about['samples']} samples")
-    except (ValueError, KeyError, TypeError) as error:
+        if about is not None:
+            _check_description(folder, about)
+            rows = _read_rows(folder, about)
+    except Exception as error:  # a damaged header makes `np.load` raise almost anything
         about = None
         problems.append(Problem(f"{prefix}index.json", "", _without(reason(error), folder)))
     present = {path.name for path in folder.glob("*.tar")}
@@ -123,6 +123,17 @@ def _jobs(folder: Path, names: list[str] | None, problems: list[Problem], with_f
         problems += [Problem(f"{prefix}{name}", "", "not in the index.json beside it") for name in unknown]
     wanted = sorted(present | declared.keys()) if names is None else names
     return [_Job(folder / name, prefix + name, declared.get(name)) for name in wanted]
+
+
+def _check_description(folder: Path, about: Mapping[str, Any]) -> None:
+    """Raises ValueError, KeyError or TypeError if an `index.json` is not what ssl-pack writes."""
+    path = folder / "index.json"
+    sizes = [shard[name] for shard in about["shards"] for name in ("bytes", "samples")]
+    names = [*about["label_names"], *about["group_names"], *(shard["name"] for shard in about["shards"])]
+    if not all(isinstance(size, int) and size >= 0 for size in sizes) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"{path}: damaged: names and sizes are not what they should be")
+    if sum(sizes[1::2]) != about["samples"]:
+        raise ValueError(f"{path}: its shards do not add up to {about['samples']} samples")
 
 
 def _without(text: str, path: Path) -> str:
@@ -155,9 +166,9 @@ def _check_shard(job: _Job, decode: bool) -> Checked:
     found.samples = len(ranges)
     with job.path.open("rb") as file:
         for number, (start, stop) in enumerate(ranges):
-            file.seek(start)
-            data = file.read(max(stop - start, 0))
             try:
+                file.seek(start)
+                data = file.read(max(min(stop, size) - start, 0))
                 if len(data) < stop - start:
                     raise ValueError(f"the shard ends at byte {start + len(data)}, inside this sample")
                 record = parse_record(data)

@@ -105,7 +105,7 @@ def read_scores(path: Path, keys: list[str]) -> NDArray[np.float64]:
     if path.suffix.lower() == ".npy":
         try:
             given = np.load(path)
-        except (OSError, ValueError, EOFError) as error:
+        except Exception as error:  # a damaged header makes `np.load` raise almost anything
             raise ValueError(f"{path}: cannot be read as a NumPy array ({error})") from error
         if given.shape != (len(keys),) or given.dtype.kind not in "fiu":
             raise ValueError(f"{path}: expected {len(keys)} numbers, one a sample, found {given.dtype} {given.shape}")

@@ -123,7 +123,7 @@ def read_features(path: Path, num_samples: int) -> Floats:
     """Features (N, D) from a .npy file, a row a sample in the order of the index; raises ValueError if they are not."""
     try:
         features: Floats = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged header makes `np.load` raise almost anything
         raise ValueError(f"{path}: cannot be read as a NumPy array ({error})") from error
     if not isinstance(features, np.ndarray) or features.ndim != 2 or features.dtype.kind != "f":
         found = f"{features.dtype} {features.shape}" if isinstance(features, np.ndarray) else "an archive"
