@@ -11,12 +11,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_platform.data.commands._examine import MEDIA
+from ssl_platform.data.commands._examine import MEDIA, parse_json
 from ssl_platform.data.commands._jobs import results
-from ssl_platform.data.index import _expand
 from ssl_platform.data.index_files import _read_rows, read_description
 from ssl_platform.data.reading import reason
-from ssl_platform.data.tars import Record, ShardScan, _declared, _members, parse_record, scan_shard
+from ssl_platform.data.tars import Record, ShardScan, _members, parse_record, scan_shard
 
 Value = int | str | None
 
@@ -69,7 +68,7 @@ def check(paths: Sequence[Path], *, decode: bool, unique_keys: bool, workers: in
     """Checks folders and tars; raises ValueError only if a path stands for nothing."""
     whole, jobs = Checked(), list[_Job]()
     for path in paths:
-        for folder, names in _expand(path):
+        for folder, names in _folders(path):
             jobs += _jobs(folder, names, whole.problems, with_folder=len(paths) > 1)
     if not jobs and not whole.problems:
         raise ValueError(f"{paths[0]}: no tar shards in this folder (ssl-pack makes them)")
@@ -91,6 +90,20 @@ def check(paths: Sequence[Path], *, decode: bool, unique_keys: bool, workers: in
                     whole.problems.append(Problem(job.name, key, "the key is used twice in this shard"))
                 used.add(key)
     return whole
+
+
+def _folders(path: Path) -> list[tuple[Path, list[str] | None]]:
+    """The (folder, names of tars) that a path or pattern stands for; None = all of the folder, missing ones too."""
+    if path.is_dir():
+        return [(path, None)]
+    if path.is_file():
+        return [(path.parent, [path.name])]
+    found = sorted(path.parent.glob(path.name)) if any(character in path.name for character in "*?[") else []
+    tars = [tar.name for tar in found if tar.is_file() and tar.suffix == ".tar"]
+    folders: list[tuple[Path, list[str] | None]] = [(folder, None) for folder in found if folder.is_dir()]
+    if not tars and not folders:
+        raise ValueError(f"{path}: no such file or folder, and no pattern that a tar matches")
+    return [*folders, *([(path.parent, tars)] if tars else [])]
 
 
 def _size(job: _Job) -> int:
@@ -163,7 +176,7 @@ def _check_shard(job: _Job, decode: bool) -> Checked:
     if scan is not None and scan.stops and size < scan.stops[-1] + tarfile.BLOCKSIZE:
         wrong("", "the end-of-archive mark is missing: is the file complete?")
     ranges = _ranges(job, scan)
-    found.samples = len(ranges)
+    found.samples, keys = len(ranges), dict[int, str]()
     with job.path.open("rb") as file:
         for number, (start, stop) in enumerate(ranges):
             try:
@@ -176,8 +189,8 @@ def _check_shard(job: _Job, decode: bool) -> Checked:
                 wrong(f"sample {number}", f"bytes {start} to {stop}: {reason(error)}")
                 continue
             found.keys.append(record.key)
-            row = None if job.declared is None else job.declared.rows[number]
-            for why in _bad_record(record, job.declared, row):
+            keys[start] = record.key
+            for why in _bad_record(record, job.declared):
                 wrong(record.key, why)
             if decode:
                 bad, decoded = _bad_media(record)
@@ -187,6 +200,8 @@ def _check_shard(job: _Job, decode: bool) -> Checked:
     if scan is not None and job.declared is not None:
         for number, why in _unlike_the_scan(job.declared, scan):
             wrong(f"sample {number}", why)
+        for start, why in _other_categories(job.declared, scan):
+            wrong(keys.get(start, f"the sample at byte {start}"), why)
     return found
 
 
@@ -232,21 +247,25 @@ def _unlike_the_scan(declared: _Declared, scan: ShardScan) -> Iterator[tuple[int
         yield scan.starts.index(start), f"a sample begins at byte {start}, and the index does not have it"
 
 
-def _bad_record(record: Record, declared: _Declared | None, row: NDArray[Any] | None) -> Iterator[str]:
-    """What a sample says of itself against what the index says of it."""
+def _other_categories(declared: _Declared, scan: ShardScan) -> Iterator[tuple[int, str]]:
+    """Where a sample begins whose label or group, as a scan finds it in `json` or `cls`, is not that of the index."""
+    rows = dict(zip(declared.rows["start"].tolist(), declared.rows, strict=True))
+    for start, label, group in zip(scan.starts, scan.labels, scan.groups, strict=True):
+        for what, value in (("label", label), ("group", group)):
+            indexed = declared.value(rows[start], what) if start in rows else value
+            if _text(value) != _text(indexed):
+                yield start, f"{what} {_said(value)} in the sample, {_said(indexed)} in the index"
+
+
+def _bad_record(record: Record, declared: _Declared | None) -> Iterator[str]:
+    """What contradicts itself in a sample."""
     if not record.members.keys() - {"json", "cls"}:
         yield f"no data: the only members are {', '.join(record.members)}"
-    if declared is None or row is None:
+    if declared is None or declared.about.get("cls_differs"):
         return
-    label, group = _declared(record.members.get("json", b""))
+    names, label = declared.about["label_names"], parse_json(record.members.get("json", b"")).get("label")
     number = record.members.get("cls", b"").decode(errors="replace").strip()
-    values: dict[str, Value] = {"label": number or None if label is None else label, "group": group}
-    for what, value in values.items():
-        indexed = declared.value(row, what)
-        if _text(value) != _text(indexed):
-            yield f"{what} {_said(value)} in the sample, {_said(indexed)} in the index"
-    names = declared.about["label_names"]
-    if names and isinstance(label, str) and number.isdecimal() and not declared.about.get("cls_differs"):
+    if names and isinstance(label, str) and label and number.isdecimal():
         named = names[int(number)] if int(number) < len(names) else "no label"
         if named != label:
             yield f"cls says {number}, which is {named} in the index, and json says '{label}'"

@@ -145,17 +145,18 @@ def _describe_members(
     for extension, data in members.items():
         known = totals.setdefault(extension, [0, 0, len(data), len(data)])
         known[:] = known[0] + 1, known[1] + len(data), min(known[2], len(data)), max(known[3], len(data))
-    about = _json(members.get("json", b""))
+    about = parse_json(members.get("json", b""))
     for name, value in about.items():
         if name not in _NOT_MEASURED and value not in (None, ""):
             numbers[f"column {name}"] = _number(value)
     return str(about["split"]) if about.get("split") else None
 
 
-def _json(data: bytes) -> dict[str, Any]:
+def parse_json(data: bytes) -> dict[str, Any]:
+    """A `json` member if it is a map; else nothing."""
     try:
         about = json.loads(data) if data else {}
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return about if isinstance(about, dict) else {}
 

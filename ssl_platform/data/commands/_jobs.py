@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from pathlib import Path
+from typing import IO, Any, TypeVar
 
 import numpy as np
 import torch
@@ -78,6 +79,14 @@ def progress(total: int, description: str) -> Iterator[Callable[[int], None]]:
         yield advance
 
 
+def files_of(index: Index) -> list[Path]:
+    """The shards of an index; raises ValueError if some are not files of this machine."""
+    files = [shard for shard in index.shards if isinstance(shard, Path)]
+    if len(files) < index.num_shards:
+        raise ValueError("these commands work on files: copy remote shards to a disk first")
+    return files
+
+
 def sample_jobs(index: Index, samples: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Ascending sample ids in jobs of consecutive ones, none of which reaches over two shards."""
     shards = index.shard_of[samples]
@@ -88,8 +97,10 @@ def sample_jobs(index: Index, samples: NDArray[np.int64]) -> list[NDArray[np.int
 def read_keys(index: Index, samples: NDArray[np.int64], workers: int) -> list[str]:
     """The keys of samples (ascending ids), from the header of the first member of each: nothing else is read."""
 
+    files = files_of(index)
+
     def keys(job: NDArray[np.int64]) -> list[str]:
-        path = index.shards[index.shard_of[job[0]]]
+        path = files[index.shard_of[job[0]]]
         with path.open("rb") as file:
             return [_first_key(file, int(index.starts[sample]), path) for sample in job]
 
@@ -97,7 +108,7 @@ def read_keys(index: Index, samples: NDArray[np.int64], workers: int) -> list[st
     return [key for _, part in found for key in part]
 
 
-def _first_key(file: Any, start: int, path: Any) -> str:
+def _first_key(file: IO[bytes], start: int, path: Path) -> str:
     file.seek(start)
     try:
         for member, _ in _members(file):

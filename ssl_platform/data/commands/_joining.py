@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssl_platform.data.commands._jobs import read_keys, results
+from ssl_platform.data.commands._jobs import files_of, read_keys, results
 from ssl_platform.data.commands._out import Unfinished, shard_name, unfinished
 from ssl_platform.data.index import Index
 from ssl_platform.data.index_files import describe, read_description, write_index
@@ -36,19 +36,19 @@ class _Job(NamedTuple):
 def merge(inputs: Sequence[Path], out: Path, *, link: bool, allow_duplicate_keys: bool, workers: int) -> dict[str, Any]:
     """Writes the folder `out`; returns its description. Raises ValueError for what a user can mend."""
     index = Index.open(inputs)
-    if any(shard.parent == out.absolute() for shard in index.shards):
+    files = files_of(index)
+    if any(file.parent == out.absolute() for file in files):
         raise ValueError(f"{out}: is one of the inputs; name an empty or new folder")
     if not allow_duplicate_keys:
         _refuse_duplicates(index, workers)
     jobs = [
         _Job(source, out / shard_name(number), index.shard_counts[number], _state(source))
-        for number, source in enumerate(index.shards)
+        for number, source in enumerate(files)
     ]
     settings = {
         "command": "merge",
         "inputs": [
-            [source.name, *_state(source)[:1], count]
-            for source, count in zip(index.shards, index.shard_counts, strict=True)
+            [source.name, *_state(source)[:1], count] for source, count in zip(files, index.shard_counts, strict=True)
         ],
         "samples": hashlib.blake2b(index.starts.tobytes() + index.stops.tobytes(), digest_size=16).hexdigest(),
     }
@@ -98,7 +98,7 @@ def _refuse_duplicates(index: Index, workers: int) -> None:
 
 
 def _place_of(index: Index, sample: int) -> str:
-    shard = index.shards[int(index.shard_of[sample])]
+    shard = files_of(index)[int(index.shard_of[sample])]
     return f"{shard.parent.name}/{shard.name}"
 
 
@@ -169,11 +169,11 @@ def cls_differs(indexes: Sequence[Index], label_names: Sequence[str]) -> bool:
                     "ssl-eval go by the names and are right, other tools that read `cls` are not",
                     label_names[number],
                     label,
-                    index.shards[0].parent,
+                    files_of(index)[0].parent,
                     number,
                 )
                 return True
-    return any(_says_so(shard.parent) for index in indexes for shard in index.shards[:1])
+    return any(_says_so(shard.parent) for index in indexes for shard in files_of(index)[:1])
 
 
 def _has_cls(index: Index, label: int) -> bool:

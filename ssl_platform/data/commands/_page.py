@@ -81,8 +81,10 @@ def _sources(report: Mapping[str, Any]) -> str:
     rows = [[source["path"], source["shards"], source["samples"]] for source in report["sources"]]
     text = _table("Samples of each path that was given", ["path", "shards", "samples"], rows)
     if report["splits"]:
-        of = "read samples" if sum(report["splits"].values()) == report["examined"] else "samples"
-        text += _table(f"Splits, in {of}", ["split", "samples"], list(report["splits"].items()))
+        part = sum(report["splits"].values()) < report["samples"]
+        text += _table(
+            f"Splits, in samples{' that were read' * part}", ["split", "samples"], list(report["splits"].items())
+        )
     groups = report["groups"]
     if groups["number"]:
         names = ["number", "smallest", "median", "largest", "without"]
@@ -234,7 +236,7 @@ def _cell(cell: Any) -> str:
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e9 else f"{value:.4g}"
+    return f"{value:,.0f}" if float(value).is_integer() and abs(value) < 1e9 else f"{value:,.4g}"
 
 
 def _bytes(number: float) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_platform.data.commands._examine import Examined, examine
-from ssl_platform.data.commands._jobs import progress
+from ssl_platform.data.commands._jobs import files_of, progress
 from ssl_platform.data.commands._near_duplicates import Twins, near_duplicates, read_features, thumbnail_features
 from ssl_platform.data.index import Index
 from ssl_platform.data.order import generator
@@ -118,7 +118,7 @@ def label_name(index: Index, label: int) -> str:
 
 def _named(index: Index, found: Examined, sample: int) -> dict[str, Any]:
     place = int(np.searchsorted(found.samples, sample))
-    shard = index.shards[int(index.shard_of[sample])].name
+    shard = files_of(index)[int(index.shard_of[sample])].name
     return {"sample": sample, "key": found.keys[place], "shard": shard}
 
 
@@ -158,7 +158,7 @@ def _splits(index: Index, found: Examined) -> dict[str, int]:
     if any(found.splits):
         return dict(sorted(Counter(split or "(none)" for split in found.splits).items()))
     by_path = Counter[str]()
-    for shard, count in zip(index.shards, index.shard_counts, strict=True):
+    for shard, count in zip(files_of(index), index.shard_counts, strict=True):
         word = _SPLITS.search(shard.stem.lower()) or _SPLITS.search(shard.parent.name.lower())
         by_path[word[1] if word else "(none)"] += count
     return {} if set(by_path) == {"(none)"} else dict(sorted(by_path.items()))

@@ -8,7 +8,7 @@ import os
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ssl_platform.data.commands._choosing import Choice, Rules, choose
 from ssl_platform.data.commands._examine import decode_members
-from ssl_platform.data.commands._jobs import results
+from ssl_platform.data.commands._jobs import files_of, results
 from ssl_platform.data.commands._joining import cls_differs
 from ssl_platform.data.commands._options import counted
 from ssl_platform.data.commands._out import Unfinished, shard_name, unfinished
@@ -26,7 +26,7 @@ from ssl_platform.data.index import Index
 from ssl_platform.data.index_files import describe, write_index
 from ssl_platform.data.reading import reason
 from ssl_platform.data.tar_writing import Shard, _count, statistics
-from ssl_platform.data.tars import ShardScan, atomic_file, parse_record, scan_shard
+from ssl_platform.data.tars import Record, ShardScan, atomic_file, parse_record, scan_shard
 
 logger = logging.getLogger(__name__)
 
@@ -38,12 +38,25 @@ class _Job(NamedTuple):
     """A digest of what is copied."""
 
 
+@dataclass
+class _Written:
+    """What is known of a finished shard besides the tar itself."""
+
+    inputs: str
+    is_measured: bool
+    bytes: int = 0
+    sums: Shard = field(default_factory=Shard)
+    """Of the pixels, for the statistics."""
+    undecoded: list[str] = field(default_factory=list)
+    """Shard, key and reason of each sample that has no pixels."""
+
+
 def prune(
     inputs: Sequence[Path], out: Path, rules: Rules, *, samples_per_shard: int, measure: bool, workers: int
 ) -> dict[str, Any]:
     """Writes the folder `out`; returns its description. Raises ValueError for what a user can mend."""
     index = Index.open(inputs)
-    if any(shard.parent == out.absolute() for shard in index.shards):
+    if any(file.parent == out.absolute() for file in files_of(index)):
         raise ValueError(f"{out}: is one of the inputs; name an empty or new folder")
     choice = choose(index, rules, workers)
     kept = choice.left
@@ -54,22 +67,22 @@ def prune(
     settings = {"command": "prune", "samples_per_shard": samples_per_shard, "kept": [job.inputs for job in jobs]}
     needed = int((index.stops[kept] - index.starts[kept]).sum()) + len(jobs) * tarfile.RECORDSIZE
     with unfinished(out, settings, needed, "dropped.csv") as folder:
-        shards, scans = [], {}
+        every, scans = [], {}
         work = partial(_write_shard, index, folder, measure)
-        for job, (shard, scan) in results(
+        for job, (written, scan) in results(
             work, jobs, workers=workers, description="pruning", size=lambda job: len(job.samples)
         ):
-            folder.finish(job.out.name, asdict(shard))
-            shards.append(shard)
+            folder.finish(job.out.name, asdict(written))
+            every.append(written)
             scans[job.out.name] = scan
         folder.save()
-        undecoded = sum(len(shard.unreadable) for shard in shards)
-        if undecoded:
-            logger.warning("%s cannot be decoded, such as %s", counted(undecoded, "sample"), _first(shards))
+        if undecoded := [line for written in every for line in written.undecoded]:
+            logger.warning("%s cannot be decoded, such as %s", counted(len(undecoded), "sample"), undecoded[0])
+        is_known = measure and not undecoded
         about, rows = describe(
             scans,
             scanned=False,
-            statistics=statistics(shards) if measure and not undecoded else None,
+            statistics=statistics([written.sums for written in every]) if is_known else None,
             dropped=dict(Counter(rule for rule, _ in choice.dropped.values())),
         )
         about["cls_differs"] = cls_differs([Index.open(path) for path in inputs], about["label_names"])
@@ -80,30 +93,26 @@ def prune(
 
 
 def _digest(index: Index, samples: NDArray[np.int64]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    digest, files = hashlib.blake2b(digest_size=16), files_of(index)
     for shard in np.unique(index.shard_of[samples]).tolist():
-        digest.update(f"{index.shards[shard].name} {index.shards[shard].stat().st_size} ".encode())
+        digest.update(f"{files[shard].name} {files[shard].stat().st_size} ".encode())
     for column in (samples, index.starts[samples], index.stops[samples]):
         digest.update(column.tobytes())
     return digest.hexdigest()
 
 
-def _first(shards: Sequence[Shard]) -> str:
-    return next(line for shard in shards for line in shard.unreadable)
-
-
-def _write_shard(index: Index, folder: Unfinished, measure: bool, job: _Job) -> tuple[Shard, ShardScan]:
+def _write_shard(index: Index, folder: Unfinished, measure: bool, job: _Job) -> tuple[_Written, ShardScan]:
     """Copies the samples of a shard, unless that is done; with `measure`, decodes them for the statistics."""
     record = folder.record(job.out.name)
-    if record is not None and record["inputs"] == job.inputs and (record["samples"] or not measure):
-        return Shard(**record), scan_shard(job.out)
-    shard = Shard(inputs=job.inputs)
+    if record is not None and record["inputs"] == job.inputs and record["is_measured"] >= measure:
+        return _Written(**record | {"sums": Shard(**record["sums"])}), scan_shard(job.out)
+    written = _Written(job.inputs, measure)
     with atomic_file(job.out) as file:
         for sample in job.samples.tolist():
-            data = _bytes_of(index, sample)
+            data, record_read = _read(index, sample)
             file.write(data)
             if measure:
-                _measure(index, sample, data, shard)
+                _measure(record_read, index.shards[index[sample].shard].name, written)
         size = file.tell() + 2 * tarfile.BLOCKSIZE  # the end of an archive, filled up as `tarfile` does it
         file.write(bytes(-(-size // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - file.tell()))
     scan = scan_shard(job.out)
@@ -112,35 +121,35 @@ def _write_shard(index: Index, folder: Unfinished, measure: bool, job: _Job) -> 
             f"{job.out}: {len(scan.starts)} samples can be told apart, not the {len(job.samples)} that were copied: "
             "two with the same key follow each other, or the index is wrong; `ssl-pack verify` names what it is"
         )
-    shard.bytes = scan.size
-    return shard, scan
+    written.bytes = scan.size
+    return written, scan
 
 
-def _bytes_of(index: Index, sample: int) -> bytes:
-    place = index[sample]
-    file = os.open(index.shards[place.shard], os.O_RDONLY)
+def _read(index: Index, sample: int) -> tuple[bytes, Record]:
+    """The bytes of a sample, which are exactly one, and what is in them."""
+    place, path = index[sample], files_of(index)[index[sample].shard]
+    file = os.open(path, os.O_RDONLY)
     try:
         data = os.pread(file, place.stop - place.start, place.start)
     finally:
         os.close(file)
     try:
-        parse_record(data)
+        return data, parse_record(data)
     except Exception as error:  # damaged headers make `tarfile` raise almost anything
-        raise ValueError(
-            f"{index.shards[place.shard]}: sample {sample}: {reason(error)}; leave such samples out with --drop-bad"
-        ) from error
-    return data
+        raise ValueError(f"{path}: sample {sample}: {reason(error)}; leave such samples out with --drop-bad") from error
 
 
-def _measure(index: Index, sample: int, data: bytes, shard: Shard) -> None:
-    record = parse_record(data)
+def _measure(record: Record, shard: str, written: _Written) -> None:
     try:
         media = decode_members(record.members)
         if media is None:
             raise ValueError(f"no image among its members {', '.join(record.members)}")
-        _count(shard, media.pixels.numpy())
     except ValueError as error:
-        shard.unreadable.append(f"{index.shards[index[sample].shard].name}: {record.key}: {error}")
+        written.undecoded.append(f"{shard}: {record.key}: {error}")
+        return
+    num_samples = written.sums.samples
+    _count(written.sums, media.pixels.numpy())
+    written.sums.samples = num_samples + 1
 
 
 def _dropped_table(choice: Choice) -> bytes:

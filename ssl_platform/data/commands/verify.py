@@ -39,6 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     from ssl_platform.data.commands._checks import check
     from ssl_platform.data.tars import write_json
 
+    if arguments.json is not None and not arguments.json.parent.is_dir():
+        raise ValueError(f"--json {arguments.json}: there is no folder {arguments.json.parent}")
     found = check(
         arguments.shards,
         decode=not arguments.quick,
