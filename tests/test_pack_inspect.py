@@ -1,7 +1,9 @@
 """ssl-pack inspect: its numbers against what was put in, and a page that needs nothing but itself."""
 
+import io
 import json
 import re
+import tarfile
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,25 @@ def test_help_names_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main([name, "--help"])
         assert f"ssl-pack {name}" in (told := capsys.readouterr().out) and "examples:" in told
+
+
+def test_names_that_are_no_utf8(tmp_path: Path) -> None:
+    """As old tools write them: every command escapes what it cannot write."""
+    (tmp_path / "in").mkdir()
+    with tarfile.open(tmp_path / "in/x.tar", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1") as archive:
+        for number in range(4):
+            data = sample(number)["png"] if number else b"bad"
+            info = tarfile.TarInfo(f"Gr\xf6\xdfe{number}.png")
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    write_tar(tmp_path / "other/y.tar", [("k", sample(9))])
+    report, _ = inspect(tmp_path / "out", tmp_path / "in", status=1)
+    assert report["bad"]["listed"][0]["key"] == "Gr\\udcf6\\udcdfe0"
+    assert ssl_pack("verify", tmp_path / "in", "--json", tmp_path / "problems.json") == 1
+    assert json.loads((tmp_path / "problems.json").read_text())["problems"][0]["key"] == "Gr\\udcf6\\udcdfe0"
+    assert ssl_pack("merge", tmp_path / "in", tmp_path / "other", tmp_path / "all") == 0
+    assert ssl_pack("prune", tmp_path / "all", tmp_path / "less", "--near-duplicates", 0.9, "--drop-bad") == 0
+    assert "Gr\\udcf6\\udcdfe0,0,bad" in (tmp_path / "less/dropped.csv").read_text()
 
 
 def test_a_folder_called_like_a_command_can_be_packed(

@@ -205,13 +205,21 @@ def test_kill_at_any_time(inputs: tuple[Path, Path], tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "whole")
 
 
-def test_an_input_that_changed_is_copied_again(inputs: tuple[Path, Path], tmp_path: Path) -> None:
+def broken_disk(*arguments: object) -> None:
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_an_input_that_changed_is_copied_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tars = [write_tar(tmp_path / f"{name}/x.tar", [(name, sample(seed))]) for seed, name in enumerate("ab")]
     assert ssl_pack("merge", *tars, tmp_path / "all") == 0
     write_tar(tars[1], [("b", sample(1))])
     os.utime(tars[1], ns=(1, 1))
     other = {**sample(1), "json": b'{"label": 7, "group": null}'.ljust(len(sample(1)["json"]))}
     write_tar(tars[1], [("b", other)])
+    with monkeypatch.context() as patch:
+        patch.setattr(_joining, "write_index", broken_disk)
+        assert ssl_pack("merge", *tars, tmp_path / "all") == 2
+        assert not (tmp_path / "all/index.json").exists(), "the old index is not that of the new shards"
     assert ssl_pack("merge", *tars, tmp_path / "all") == 0
     assert Index.open(tmp_path / "all").labels.tolist() == [-1, 7]
 

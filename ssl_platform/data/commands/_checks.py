@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ssl_platform.data.commands._examine import MEDIA, parse_json
 from ssl_platform.data.commands._jobs import results
+from ssl_platform.data.commands._options import printable
 from ssl_platform.data.index_files import _read_rows, read_description
 from ssl_platform.data.reading import reason
 from ssl_platform.data.tars import Record, ShardScan, _members, parse_record, scan_shard
@@ -158,7 +159,7 @@ def _check_shard(job: _Job, decode: bool) -> Checked:
     found = Checked()
 
     def wrong(key: str, why: str) -> None:
-        found.problems.append(Problem(job.name, key, why))
+        found.problems.append(Problem(job.name, printable(key), printable(why)))
 
     if not job.path.is_file():
         wrong("", "listed in index.json, but there is no such file")
@@ -177,7 +178,11 @@ def _check_shard(job: _Job, decode: bool) -> Checked:
         wrong("", "the end-of-archive mark is missing: is the file complete?")
     ranges = _ranges(job, scan)
     found.samples, keys = len(ranges), dict[int, str]()
-    with job.path.open("rb") as file:
+    try:
+        file = job.path.open("rb")
+    except OSError:  # as told above
+        return found
+    with file:
         for number, (start, stop) in enumerate(ranges):
             try:
                 file.seek(start)
@@ -188,7 +193,7 @@ def _check_shard(job: _Job, decode: bool) -> Checked:
             except Exception as error:  # damaged headers make `tarfile` raise almost anything
                 wrong(f"sample {number}", f"bytes {start} to {stop}: {reason(error)}")
                 continue
-            found.keys.append(record.key)
+            found.keys.append(printable(record.key))
             keys[start] = record.key
             for why in _bad_record(record, job.declared):
                 wrong(record.key, why)
@@ -265,7 +270,7 @@ def _bad_record(record: Record, declared: _Declared | None) -> Iterator[str]:
         return
     names, label = declared.about["label_names"], parse_json(record.members.get("json", b"")).get("label")
     number = record.members.get("cls", b"").decode(errors="replace").strip()
-    if names and isinstance(label, str) and label and number.isdecimal():
+    if names and isinstance(label, str) and label and number.isdecimal() and len(number) < 10:
         named = names[int(number)] if int(number) < len(names) else "no label"
         if named != label:
             yield f"cls says {number}, which is {named} in the index, and json says '{label}'"

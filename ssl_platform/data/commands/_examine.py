@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssl_platform.data.commands._jobs import results, sample_jobs
 from ssl_platform.data.commands._near_duplicates import THUMBNAIL_SIZE, thumbnail
+from ssl_platform.data.commands._options import printable
 from ssl_platform.data.index import Index
 from ssl_platform.data.reading import ShardReader, reason
 from ssl_platform.modalities._images import EXTENSIONS, decode_image, resize, to_float
@@ -127,9 +128,9 @@ def _examine_some(index: Index, samples: NDArray[np.int64], pictures: set[int]) 
             if media is not None and sample in pictures:
                 found.pictures[sample] = small_jpeg(media.pixels)
         except Exception as error:  # whatever is wrong with one sample is a line of the report
-            found.bad[sample] = reason(error)
+            found.bad[sample] = printable(reason(error))
             media = None
-        found.keys.append(key)
+        found.keys.append(printable(key))
         found.hashes.append(data_hash)
         found.has_thumbnail.append(media is not None)
         found.numbers.append(numbers)

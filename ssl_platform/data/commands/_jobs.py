@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ssl_platform.data.commands._options import printable
 from ssl_platform.data.index import Index
 from ssl_platform.data.reading import reason
 from ssl_platform.data.tars import _members, split_name
@@ -113,7 +114,7 @@ def _first_key(file: IO[bytes], start: int, path: Path) -> str:
     try:
         for member, _ in _members(file):
             if member.isreg() and (name := split_name(member.name)):
-                return name[0]
+                return printable(name[0])
             break
     except Exception as error:  # damaged headers make `tarfile` raise almost anything
         raise ValueError(f"{path}: byte {start}: {reason(error)}; `ssl-pack verify` names all that is wrong") from error

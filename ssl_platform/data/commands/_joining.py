@@ -106,6 +106,7 @@ def _place(folder: Unfinished, link: bool, job: _Job) -> ShardScan:
     """Copies or links one shard, unless that is done, and scans it."""
     record = folder.record(job.out.name)
     if record is None or record["source"] != job.source_state:
+        folder.begin()
         if link:
             _link(job.source, job.out)
         else:

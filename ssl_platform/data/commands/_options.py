@@ -35,6 +35,11 @@ def add_workers(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--workers", metavar="N", type=count, default=1, help="processes; default 1")
 
 
+def printable(name: str) -> str:
+    """A key or member name that can be written anywhere: bytes of a tar that are no UTF-8 become escapes."""
+    return name.encode("utf-8", "backslashreplace").decode()
+
+
 def counted(number: int, thing: str) -> str:
     """ "1 shard", "2 shards"."""
     return f"{number} {thing}{'s' * (number != 1)}"

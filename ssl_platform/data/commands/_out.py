@@ -30,6 +30,10 @@ class Unfinished:
         whole = record is not None and path.is_file() and path.stat().st_size == record["bytes"]
         return record if whole else None
 
+    def begin(self) -> None:
+        """A shard is about to be written, so an index from before no longer holds."""
+        (self.out / "index.json").unlink(missing_ok=True)
+
     def finish(self, name: str, record: dict[str, Any]) -> None:
         """`record` holds the "bytes" of the shard, which is on disk."""
         self._finished[name] = record
@@ -69,11 +73,13 @@ def unfinished(out: Path, settings: dict[str, Any], needed: int, *others: str) -
             folder.save()
             yield folder
         finally:
-            if folder is not None:  # what is finished counts, whatever ends this run
-                folder.save()
-            (out / ".lock").unlink()
-            if made and not any(out.iterdir()):
-                out.rmdir()
+            try:
+                if folder is not None:  # what is finished counts, whatever ends this run
+                    folder.save()
+            finally:
+                (out / ".lock").unlink()
+                if made and not any(out.iterdir()):
+                    out.rmdir()
 
 
 def _finished(out: Path, settings: dict[str, Any], others: tuple[str, ...]) -> dict[str, dict[str, Any]]:

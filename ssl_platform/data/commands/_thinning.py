@@ -107,6 +107,7 @@ def _write_shard(index: Index, folder: Unfinished, measure: bool, job: _Job) -> 
     if record is not None and record["inputs"] == job.inputs and record["is_measured"] >= measure:
         return _Written(**record | {"sums": Shard(**record["sums"])}), scan_shard(job.out)
     written = _Written(job.inputs, measure)
+    folder.begin()
     with atomic_file(job.out) as file:
         for sample in job.samples.tolist():
             data, record_read = _read(index, sample)
