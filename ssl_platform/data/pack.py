@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ssl_platform.config import plugin_names
+from ssl_platform.data import commands
 from ssl_platform.data.pack_options import add_pack_options, count, pack_as_asked
 
 if TYPE_CHECKING:
@@ -53,6 +55,9 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, 1 if inputs were left out, 2 for an error, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in plugin_names("ssl_platform.data.commands"):
+        return commands.main(argv[0], argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
     from ssl_platform.log import set_up_logging  # here and below: torch takes seconds to load, --help should not
@@ -79,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssl-pack",
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=EXAMPLES + "\n" + commands.summaries(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
