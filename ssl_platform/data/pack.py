@@ -15,6 +15,9 @@ from ssl_platform.data.pack_options import add_pack_options, count, pack_as_aske
 if TYPE_CHECKING:
     from ssl_platform.data.packing import Packed
 
+from ssl_platform.config import plugin_names
+from ssl_platform.data import commands
+
 DESCRIPTION = """\
 Packs images into WebDataset tar shards with an index of their labels, groups and channel statistics, for ssl-train and
 ssl-eval. Any WebDataset tool can read the tars. INPUT is
@@ -45,6 +48,9 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, 1 if inputs were left out, 2 for an error, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in plugin_names("ssl_platform.data.commands"):
+        return commands.main(argv[0], argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
     from ssl_platform.log import set_up_logging  # here and below: torch takes seconds to load, --help should not
@@ -71,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssl-pack",
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=EXAMPLES + "\n" + commands.summaries(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )

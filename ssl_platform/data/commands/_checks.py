@@ -1,0 +1,276 @@
+"""What `ssl-pack verify` looks for in a shard and between shards."""
+
+import hashlib
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl_platform.data.commands._examine import MEDIA
+from ssl_platform.data.commands._jobs import results
+from ssl_platform.data.index import _expand
+from ssl_platform.data.index_files import _read_rows, read_description
+from ssl_platform.data.reading import reason
+from ssl_platform.data.tars import Record, ShardScan, _declared, _members, parse_record, scan_shard
+
+Value = int | str | None
+
+
+class Problem(NamedTuple):
+    """One thing that is wrong."""
+
+    shard: str
+    key: str
+    """Of a sample, or the name of a member; empty for the whole shard."""
+    reason: str
+
+
+@dataclass
+class Checked:
+    """What was looked at and what is wrong with it."""
+
+    shards: int = 0
+    samples: int = 0
+    decoded: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    keys: list[str] = field(default_factory=list)
+
+
+class _Declared(NamedTuple):
+    """What an index says of one shard."""
+
+    size: int
+    rows: NDArray[Any]
+    about: Mapping[str, Any]
+
+    def value(self, row: NDArray[Any], what: str) -> Value:
+        """The "label" or "group" of a row, as the sample should give it."""
+        number, names = int(row[what]), self.about[f"{what}_names"]
+        if number < 0:
+            return None
+        if not names:
+            return number
+        return names[number] if number < len(names) else f"number {number}, which has no name"
+
+
+class _Job(NamedTuple):
+    path: Path
+    name: str
+    """For the report."""
+    declared: _Declared | None
+
+
+def check(paths: Sequence[Path], *, decode: bool, unique_keys: bool, workers: int) -> Checked:
+    """Checks folders and tars; raises ValueError only if a path stands for nothing."""
+    whole, jobs = Checked(), list[_Job]()
+    for path in paths:
+        for folder, names in _expand(path):
+            jobs += _jobs(folder, names, whole.problems, with_folder=len(paths) > 1)
+    if not jobs and not whole.problems:
+        raise ValueError(f"{paths[0]}: no tar shards in this folder (ssl-pack makes them)")
+    whole.shards = len(jobs)
+    first_use: dict[bytes, str] = {}
+    work = partial(_check_shard, decode=decode)
+    for job, part in results(work, jobs, workers=workers, description="verifying", size=_size):
+        whole.samples += part.samples
+        whole.decoded += part.decoded
+        whole.problems += part.problems
+        for key in part.keys if unique_keys else ():
+            short = hashlib.blake2b(key.encode(), digest_size=16).digest()
+            if (other := first_use.setdefault(short, job.name)) != job.name:
+                whole.problems.append(Problem(job.name, key, f"the key is also used in {other}"))
+        if unique_keys:
+            used = set[str]()
+            for key in part.keys:
+                if key in used:
+                    whole.problems.append(Problem(job.name, key, "the key is used twice in this shard"))
+                used.add(key)
+    return whole
+
+
+def _size(job: _Job) -> int:
+    return 0 if job.declared is None else len(job.declared.rows)
+
+
+def _jobs(folder: Path, names: list[str] | None, problems: list[Problem], with_folder: bool) -> list[_Job]:
+    """The shards of a folder, with what its index says of them; what is wrong with the index is added to `problems`."""
+    prefix = f"{folder.name}/" if with_folder else ""
+    about, rows = None, None
+    try:
+        about = read_description(folder)
+        if about is not None:
+            _check_description(folder, about)
+            rows = _read_rows(folder, about)
+    except Exception as error:  # a damaged header makes `np.load` raise almost anything
+        about = None
+        problems.append(Problem(f"{prefix}index.json", "", _without(reason(error), folder)))
+    present = {path.name for path in folder.glob("*.tar")}
+    if about is None and (folder / "pack.json").exists() and not (folder / "index.json").exists():
+        problems.append(Problem(f"{prefix}pack.json", "", "packing was not finished; give the same command again"))
+    declared = dict[str, _Declared]()
+    if about is not None and rows is not None:
+        first = 0
+        for shard in about["shards"]:
+            part = rows[first : first + shard["samples"]]
+            declared[shard["name"]] = _Declared(shard["bytes"], part, about)
+            first += shard["samples"]
+        unknown = sorted((present if names is None else set(names)) - declared.keys())
+        problems += [Problem(f"{prefix}{name}", "", "not in the index.json beside it") for name in unknown]
+    wanted = sorted(present | declared.keys()) if names is None else names
+    return [_Job(folder / name, prefix + name, declared.get(name)) for name in wanted]
+
+
+def _check_description(folder: Path, about: Mapping[str, Any]) -> None:
+    """Raises ValueError, KeyError or TypeError if an `index.json` is not what ssl-pack writes."""
+    path = folder / "index.json"
+    sizes = [shard[name] for shard in about["shards"] for name in ("bytes", "samples")]
+    names = [*about["label_names"], *about["group_names"], *(shard["name"] for shard in about["shards"])]
+    if not all(isinstance(size, int) and size >= 0 for size in sizes) or not all(isinstance(n, str) for n in names):
+        raise ValueError(f"{path}: damaged: names and sizes are not what they should be")
+    if sum(sizes[1::2]) != about["samples"]:
+        raise ValueError(f"{path}: its shards do not add up to {about['samples']} samples")
+
+
+def _without(text: str, path: Path) -> str:
+    """The reason alone, where a message begins with the file that the report names anyway."""
+    return text.removeprefix(f"{path}: ").replace(f"{path}/", "")
+
+
+def _check_shard(job: _Job, decode: bool) -> Checked:
+    found = Checked()
+
+    def wrong(key: str, why: str) -> None:
+        found.problems.append(Problem(job.name, key, why))
+
+    if not job.path.is_file():
+        wrong("", "listed in index.json, but there is no such file")
+        return found
+    size = job.path.stat().st_size
+    if job.declared is not None and size != job.declared.size:
+        wrong("", f"has {size} bytes, and {job.declared.size} when it was indexed")
+    scan = None
+    try:
+        scan = scan_shard(job.path)
+    except Exception as error:
+        wrong("", _without(reason(error), job.path))
+    for name, why in _bad_members(job.path):
+        wrong(name, why)
+    if scan is not None and scan.stops and size < scan.stops[-1] + tarfile.BLOCKSIZE:
+        wrong("", "the end-of-archive mark is missing: is the file complete?")
+    ranges = _ranges(job, scan)
+    found.samples = len(ranges)
+    with job.path.open("rb") as file:
+        for number, (start, stop) in enumerate(ranges):
+            try:
+                file.seek(start)
+                data = file.read(max(min(stop, size) - start, 0))
+                if len(data) < stop - start:
+                    raise ValueError(f"the shard ends at byte {start + len(data)}, inside this sample")
+                record = parse_record(data)
+            except Exception as error:  # damaged headers make `tarfile` raise almost anything
+                wrong(f"sample {number}", f"bytes {start} to {stop}: {reason(error)}")
+                continue
+            found.keys.append(record.key)
+            row = None if job.declared is None else job.declared.rows[number]
+            for why in _bad_record(record, job.declared, row):
+                wrong(record.key, why)
+            if decode:
+                bad, decoded = _bad_media(record)
+                found.decoded += decoded
+                for why in bad:
+                    wrong(record.key, why)
+    if scan is not None and job.declared is not None:
+        for number, why in _unlike_the_scan(job.declared, scan):
+            wrong(f"sample {number}", why)
+    return found
+
+
+def _bad_members(path: Path) -> Iterator[tuple[str, str]]:
+    """Members that no sample should have, by the headers alone; a damaged tar ends the search, and is told elsewhere."""
+    try:
+        with path.open("rb") as file:
+            for member, _ in _members(file):
+                parts = PurePosixPath(member.name).parts
+                if member.name.startswith("/"):
+                    yield member.name, "absolute name"
+                if ".." in parts:
+                    yield member.name, "name with '..'"
+                if member.issparse():
+                    yield member.name, "sparse member"
+                if member.issym() or member.islnk():
+                    yield member.name, f"a link to {member.linkname}, which is not read"
+                elif not member.isreg() and not member.isdir():
+                    yield member.name, "neither a file nor a folder"
+                if member.name.lower().endswith((".gz", ".bz2", ".xz", ".zst")):
+                    yield member.name, "compressed member, which is not decompressed when read"
+    except Exception:
+        return
+
+
+def _ranges(job: _Job, scan: ShardScan | None) -> list[tuple[int, int]]:
+    if job.declared is not None:
+        rows = job.declared.rows
+        return list(zip(rows["start"].tolist(), rows["stop"].tolist(), strict=True))
+    return [] if scan is None else list(zip(scan.starts, scan.stops, strict=True))
+
+
+def _unlike_the_scan(declared: _Declared, scan: ShardScan) -> Iterator[tuple[int, str]]:
+    """Samples whose byte range is not that of exactly one whole sample."""
+    real = dict(zip(scan.starts, scan.stops, strict=True))
+    starts, stops = declared.rows["start"], declared.rows["stop"]
+    differs = [real.get(start) != stop for start, stop in zip(starts.tolist(), stops.tolist(), strict=True)]
+    for number in np.flatnonzero(differs).tolist():
+        stop = real.get(int(starts[number]))
+        there = "no sample begins there" if stop is None else f"the sample there ends at {stop}"
+        yield number, f"the index says bytes {starts[number]} to {stops[number]}, but {there}"
+    for start in sorted(real.keys() - set(starts.tolist())):
+        yield scan.starts.index(start), f"a sample begins at byte {start}, and the index does not have it"
+
+
+def _bad_record(record: Record, declared: _Declared | None, row: NDArray[Any] | None) -> Iterator[str]:
+    """What a sample says of itself against what the index says of it."""
+    if not record.members.keys() - {"json", "cls"}:
+        yield f"no data: the only members are {', '.join(record.members)}"
+    if declared is None or row is None:
+        return
+    label, group = _declared(record.members.get("json", b""))
+    number = record.members.get("cls", b"").decode(errors="replace").strip()
+    values: dict[str, Value] = {"label": number or None if label is None else label, "group": group}
+    for what, value in values.items():
+        indexed = declared.value(row, what)
+        if _text(value) != _text(indexed):
+            yield f"{what} {_said(value)} in the sample, {_said(indexed)} in the index"
+    names = declared.about["label_names"]
+    if names and isinstance(label, str) and number.isdecimal() and not declared.about.get("cls_differs"):
+        named = names[int(number)] if int(number) < len(names) else "no label"
+        if named != label:
+            yield f"cls says {number}, which is {named} in the index, and json says '{label}'"
+
+
+def _text(value: Value) -> str:
+    """Numbers as text equal numbers; negative ones are none."""
+    text = "" if value is None else str(value)
+    return "" if text.startswith("-") and text[1:].isdecimal() else text
+
+
+def _said(value: Value) -> str:
+    return "none" if value is None else repr(value)
+
+
+def _bad_media(record: Record) -> tuple[list[str], int]:
+    """What cannot be decoded, and 1 if something could."""
+    bad, decoded = [], 0
+    for extension, data in record.members.items():
+        kind = extension.rpartition(".")[2]
+        if kind in MEDIA:
+            try:
+                MEDIA[kind](data, kind)
+                decoded = 1
+            except Exception as error:
+                bad.append(f"{extension}: {reason(error)}")
+    return bad, decoded

@@ -1,0 +1,187 @@
+"""What one sample holds: its key, the hash of its contents, its size, a thumbnail, or the reason why it is bad."""
+
+import hashlib
+import io
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from ssl_platform.data.commands._jobs import results, sample_jobs
+from ssl_platform.data.commands._near_duplicates import THUMBNAIL_SIZE, thumbnail
+from ssl_platform.data.index import Index
+from ssl_platform.data.reading import ShardReader, reason
+from ssl_platform.modalities._images import EXTENSIONS, decode_image, resize, to_float
+
+_ABOUT = ("json", "cls")
+"""Members that say something of a sample and are not its data."""
+_NOT_MEASURED = ("path", "label", "group", "split")
+"""Of the JSON: what is no numeric column."""
+_PICTURE_SIDE = 112
+
+
+class Media(NamedTuple):
+    """What a kind of data shows of a sample's main member."""
+
+    pixels: Tensor
+    """(C, H, W) uint8 or uint16: an image, or a picture of what is none, such as a spectrogram."""
+    sizes: Mapping[str, float]
+    """Histograms are drawn of these: width, height, seconds, ..."""
+
+
+def _image(data: bytes, extension: str) -> Media:
+    pixels = decode_image(data, extension)
+    return Media(pixels, {"width": pixels.shape[2], "height": pixels.shape[1], "channels": pixels.shape[0]})
+
+
+MEDIA: dict[str, Callable[[bytes, str], Media]] = dict.fromkeys(EXTENSIONS, _image)
+"""{extension: how to look at such a member}; here sound and video join in. Other members are only counted."""
+
+
+def decode_members(members: Mapping[str, bytes]) -> Media | None:
+    """Decodes every member that can be: the first one's media, None if there is none; raises ValueError."""
+    first = None
+    for extension, data in members.items():
+        if extension in MEDIA:
+            media = MEDIA[extension](data, extension)
+            first = first or media
+    return first
+
+
+def content_hash(members: Mapping[str, bytes]) -> bytes:
+    """16 bytes, the same for the same data, whatever its key, label or kind of file is called."""
+    digest = hashlib.blake2b(digest_size=16)
+    for extension, data in sorted(members.items()):
+        if extension not in _ABOUT:
+            digest.update(len(data).to_bytes(8, "little"))
+            digest.update(data)
+    return digest.digest()
+
+
+@dataclass
+class Examined:
+    """What was found in some samples; arrays and lists are in the order of `samples`."""
+
+    samples: NDArray[np.int64]
+    keys: list[str] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    """Empty for a sample that cannot be read."""
+    thumbnails: NDArray[np.uint8] = field(default_factory=lambda: np.zeros((0, THUMBNAIL_SIZE), np.uint8))
+    has_thumbnail: list[bool] = field(default_factory=list)
+    numbers: list[dict[str, float]] = field(default_factory=list)
+    """Sizes and columns of each; nan where the text of a column is no number."""
+    splits: list[str | None] = field(default_factory=list)
+    members: dict[str, list[int]] = field(default_factory=dict)
+    """{extension: [number of members, bytes, bytes of the smallest, of the largest]}"""
+    bad: dict[int, str] = field(default_factory=dict)
+    """{sample: reason}"""
+    pictures: dict[int, bytes] = field(default_factory=dict)
+    """{sample: a small JPEG}"""
+
+
+def examine(index: Index, samples: NDArray[np.int64], *, pictures: Iterable[int] = (), workers: int) -> Examined:
+    """Reads and decodes samples (ascending ids), with pictures of those in `pictures`."""
+    wanted = set(pictures)
+
+    def some(job: NDArray[np.int64]) -> Examined:
+        return _examine_some(index, job, wanted)
+
+    parts = [
+        part
+        for _, part in results(
+            some, sample_jobs(index, samples), workers=workers, description="reading samples", size=len
+        )
+    ]
+    whole = Examined(samples, thumbnails=np.concatenate([part.thumbnails for part in parts]))
+    for part in parts:
+        for name in ("keys", "hashes", "has_thumbnail", "numbers", "splits"):
+            getattr(whole, name).extend(getattr(part, name))
+        whole.bad |= part.bad
+        whole.pictures |= part.pictures
+        for extension, (count, size, smallest, largest) in part.members.items():
+            known = whole.members.setdefault(extension, [0, 0, smallest, largest])
+            known[:] = known[0] + count, known[1] + size, min(known[2], smallest), max(known[3], largest)
+    return whole
+
+
+def _examine_some(index: Index, samples: NDArray[np.int64], pictures: set[int]) -> Examined:
+    found = Examined(samples, thumbnails=np.zeros((len(samples), THUMBNAIL_SIZE), np.uint8))
+    reader = ShardReader(index, cache_shards=1)
+    for place, sample in enumerate(samples.tolist()):
+        key, data_hash, numbers, split, media = f"sample {sample}", b"", dict[str, float](), None, None
+        try:
+            key, members = reader.read(sample)
+            split = _describe_members(members, found.members, numbers)
+            data_hash = content_hash(members)
+            media = decode_members(members)
+            if media is not None:
+                numbers |= media.sizes
+                found.thumbnails[place] = thumbnail(media.pixels)
+            if media is not None and sample in pictures:
+                found.pictures[sample] = small_jpeg(media.pixels)
+        except Exception as error:  # whatever is wrong with one sample is a line of the report
+            found.bad[sample] = reason(error)
+            media = None
+        found.keys.append(key)
+        found.hashes.append(data_hash)
+        found.has_thumbnail.append(media is not None)
+        found.numbers.append(numbers)
+        found.splits.append(split)
+    return found
+
+
+def _describe_members(
+    members: Mapping[str, bytes], totals: dict[str, list[int]], numbers: dict[str, float]
+) -> str | None:
+    """Adds to the totals of each extension and to the numbers of the sample; the split that its JSON names."""
+    numbers["bytes"] = sum(len(data) for extension, data in members.items() if extension not in _ABOUT)
+    for extension, data in members.items():
+        known = totals.setdefault(extension, [0, 0, len(data), len(data)])
+        known[:] = known[0] + 1, known[1] + len(data), min(known[2], len(data)), max(known[3], len(data))
+    about = _json(members.get("json", b""))
+    for name, value in about.items():
+        if name not in _NOT_MEASURED and value not in (None, ""):
+            numbers[f"column {name}"] = _number(value)
+    return str(about["split"]) if about.get("split") else None
+
+
+def _json(data: bytes) -> dict[str, Any]:
+    try:
+        about = json.loads(data) if data else {}
+    except ValueError:
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _number(value: Any) -> float:
+    """nan for what is none; tables are packed as text."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return math.nan
+    try:
+        return float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
+def small_jpeg(pixels: Tensor) -> bytes:
+    """A picture of an image (C, H, W) for a page: grey, or the first three channels; 16 bits are stretched."""
+    image = pixels[:1] if pixels.shape[0] < 3 else pixels[:3]
+    if image.dtype != torch.uint8:
+        image = to_float(image)
+        image = (image - image.min()) / (image.max() - image.min()).clamp(min=1e-6)
+    height, width = image.shape[1:]
+    scale = _PICTURE_SIDE / max(height, width)
+    image = resize(image, (max(1, round(height * scale)), max(1, round(width * scale))))
+    if image.dtype != torch.uint8:
+        image = (image * 255).round().to(torch.uint8)
+    array = image.permute(1, 2, 0).numpy()  # (H, W, C)
+    file = io.BytesIO()
+    Image.fromarray(array[..., 0] if array.shape[2] == 1 else array).save(file, format="JPEG", quality=85)
+    return file.getvalue()

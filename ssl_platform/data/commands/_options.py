@@ -1,0 +1,40 @@
+"""Kinds of values that several commands take on the command line."""
+
+import argparse
+import math
+
+
+def count(text: str) -> int:
+    """A whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"'{text}': expected a whole number of at least 1")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number above 0, up to 1."""
+    value = number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"'{text}': expected a number above 0, up to 1")
+    return value
+
+
+def number(text: str) -> float:
+    """A finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"'{text}': expected a number")
+    return value
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """`--workers`, the same for each command."""
+    parser.add_argument("--workers", metavar="N", type=count, default=1, help="processes; default 1")
+
+
+def counted(number: int, thing: str) -> str:
+    """ "1 shard", "2 shards"."""
+    return f"{number} {thing}{'s' * (number != 1)}"
