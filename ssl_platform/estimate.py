@@ -6,10 +6,11 @@ import time
 import torch
 
 from ssl_platform import distributed
+from ssl_platform.data.mixture import summary
 from ssl_platform.masks import Masks
 from ssl_platform.modalities import Modality
 from ssl_platform.progress import duration
-from ssl_platform.recipe import Recipe, build_modality, open_index
+from ssl_platform.recipe import Recipe, build_modality, open_index, open_order
 from ssl_platform.stages._plan import stage_plan
 from ssl_platform.step import build, train_step
 from ssl_platform.views import Batch, ViewGroup
@@ -40,13 +41,14 @@ def estimate(recipe: Recipe, device: torch.device) -> str:
         "peak memory": f"{peak_memory(device) / 1e9:.2f} GB {'on' if device.type == 'cuda' else 'of'} this process "
         f"(measured), without {recipe.data.workers} data workers",
         "checkpoint": f"{4 * (held + 2 * trained) / 1e9:.2f} GB each, {recipe.keep_last} kept",
-        "samples seen": f"{samples:,} = {recipe.steps:,} steps x {recipe.batch_size}, {samples / len(index):.1f} epochs of "
-        f"{len(index):,}",
+        "samples seen": f"{samples:,} = {recipe.steps:,} steps x {recipe.batch_size}"
+        + (f", {samples / len(index):.1f} epochs of {len(index):,}" if not recipe.data.sources else ""),
         "time": f"{duration(seconds * recipe.steps)} = {recipe.steps:,} steps x {seconds:.2f} s (measured on {device}, "
         f"{distributed.world_size()} ranks), if data keeps up",
     }
     width = max(map(len, lines))
-    return "".join(f"{name:<{width}}  {text}\n" for name, text in lines.items())
+    mixture = summary(recipe.data.sources, open_order(recipe, index), samples) if recipe.data.sources else []
+    return "".join([f"{name:<{width}}  {text}\n" for name, text in lines.items()] + [f"{line}\n" for line in mixture])
 
 
 def random_batch(modality: Modality, masks: dict[str, Masks], size: int) -> Batch:

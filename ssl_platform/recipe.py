@@ -11,6 +11,8 @@ from torch import nn
 
 from ssl_platform.config import Config, ConfigError, PluginConfig, load_config, plugin
 from ssl_platform.data.index import Index
+from ssl_platform.data.mixture import build_order, open_shards
+from ssl_platform.data.order import Order
 from ssl_platform.data.shards import DataConfig
 from ssl_platform.modalities import Modality
 from ssl_platform.objectives import BuildContext
@@ -225,10 +227,12 @@ def _check_uses(recipe: Recipe, name: str, objective: Any) -> list[str]:
 
 def open_index(recipe: Recipe) -> Index:
     """The training shards."""
-    try:
-        return Index.open(recipe.data.shards)
-    except ValueError as error:
-        raise ConfigError([f"data.shards: {error}"]) from error
+    return open_shards(recipe.data.shards, recipe.data.sources)
+
+
+def open_order(recipe: Recipe, index: Index) -> Order:
+    """The order in which the run sees the samples."""
+    return build_order(index, recipe.data.sources, recipe.seed, recipe.data.window_shards)
 
 
 def build_modality(recipe: Recipe, statistics: dict[str, list[float]] | None) -> Modality:

@@ -10,6 +10,8 @@ from torch import Tensor
 from ssl_platform import __version__, checkpoint, distributed
 from ssl_platform.config import to_yaml
 from ssl_platform.data.index import Index
+from ssl_platform.data.mixture import described
+from ssl_platform.data.order import Order
 from ssl_platform.log import Metrics, append_line, logger
 from ssl_platform.progress import Clock, duration
 from ssl_platform.recipe import Recipe
@@ -68,7 +70,7 @@ def find(recipe: Recipe, index: Index) -> Found | None:
         ("optim.name", "optim.name", state.optimizer, recipe.optim.name),
         (
             "the order of the data",
-            "data.shards and data.window_shards as they were",
+            "data.shards, data.sources and data.window_shards as they were",
             state.order,
             order_of(recipe, index),
         ),
@@ -88,7 +90,7 @@ def find(recipe: Recipe, index: Index) -> Found | None:
 
 def order_of(recipe: Recipe, index: Index) -> str:
     """What, with seed and batch size, decides which samples come when."""
-    return f"{index.fingerprint} window {recipe.data.window_shards}"
+    return f"{index.fingerprint} window {recipe.data.window_shards}{described(recipe.data.sources, index)}"
 
 
 def resume(found: Found | None, parts: Parts) -> int:
@@ -150,7 +152,9 @@ def keep_count(recipe: Recipe, parts: Parts, result: StepResult, step: int) -> N
         )
 
 
-def report(metrics: Metrics, recipe: Recipe, parts: Parts, result: StepResult, clock: Clock, step: int) -> None:
+def report(
+    metrics: Metrics, recipe: Recipe, parts: Parts, result: StepResult, clock: Clock, step: int, order: Order
+) -> None:
     """One line of metrics: the values of this step, averaged over ranks, and the speed since the last line."""
     loss, *terms = distributed.mean(_stacked([result.loss, *result.terms.values()], result.loss.device)).tolist()
     line: dict[str, float | int] = {"loss": loss, **dict(zip(result.terms, terms, strict=True))}
@@ -161,6 +165,8 @@ def report(metrics: Metrics, recipe: Recipe, parts: Parts, result: StepResult, c
     line["weight_decay"] = parts.weight_decay(step - 1)
     line |= {f"grad_norm_{name}": norm.item() for name, norm in result.grad_norms.items()}
     line |= clock.lap() | parts.counters
+    if recipe.data.sources:
+        line |= {f"drawn_{name}": count for name, count in order.drawn(step * recipe.batch_size).items()}
     metrics.write(step, line)
     remaining = (recipe.steps - step) * recipe.batch_size / max(float(line["samples_per_second"]), 1e-9)
     logger.info(

@@ -15,12 +15,14 @@ from torch import Tensor
 from ssl_platform import checkpoint, distributed, run_lock
 from ssl_platform.config import ConfigError, to_yaml
 from ssl_platform.data.index import Index
+from ssl_platform.data.mixture import doubtful_cache, summary
+from ssl_platform.data.order import Order
 from ssl_platform.data.reading import BadSampleError
 from ssl_platform.data.shards import train_batches
 from ssl_platform.log import Metrics, cut_back, logger, set_up_logging
 from ssl_platform.modalities import Modality
 from ssl_platform.progress import Clock, StopFlag
-from ssl_platform.recipe import Recipe, build_modality, doubtful, load_recipe, open_index
+from ssl_platform.recipe import Recipe, build_modality, doubtful, load_recipe, open_index, open_order
 from ssl_platform.run_folder import TrainingStopped, find, keep_count, report, resume, save
 from ssl_platform.stages import StageContext
 from ssl_platform.stages._plan import Stage, begin_stage, stage_plan
@@ -85,7 +87,7 @@ keys: docs/configuration.md""",
 def train(recipe: Recipe, device: torch.device) -> None:
     """Trains from the newest checkpoint, or from the start, to the last step."""
     index = open_index(recipe)
-    found = find(recipe, index)
+    found, order = find(recipe, index), open_order(recipe, index)
     statistics = found.state.statistics if found else index.statistics
     modality = build_modality(recipe, statistics)
     parts = build(recipe, modality, len(index), device, statistics)
@@ -97,13 +99,17 @@ def train(recipe: Recipe, device: torch.device) -> None:
     metrics = Metrics(recipe.run_dir, step, recipe.tensorboard)
     stop = StopFlag()
     logger.info(
-        "%d samples in %d shards, batch %d, %.1f epochs, %.1f M trained parameters, peak lr %.2e, %d ranks on %s",
-        len(index), index.num_shards, recipe.batch_size, recipe.steps * recipe.batch_size / len(index),
+        "%d samples in %d shards, batch %d, %s, %.1f M trained parameters, peak lr %.2e, %d ranks on %s",
+        len(index), index.num_shards, recipe.batch_size,
+        f"{len(order.sources)} sources" if recipe.data.sources
+        else f"{recipe.steps * recipe.batch_size / len(index):.1f} epochs",
         sum(p.numel() for ps in parts.trained.values() for p in ps) / 1e6,
         max(parts.lr(s) for s in range(0, recipe.steps, max(recipe.steps // 1000, 1))),
         distributed.world_size(), device,
     )  # fmt: skip
-    for line in doubtful(recipe):
+    for line in summary(recipe.data.sources, order, recipe.steps * recipe.batch_size) if recipe.data.sources else ():
+        logger.info("%s", line)
+    for line in doubtful(recipe) + doubtful_cache(recipe.data.cache_shards, recipe.data.window_shards, index, order):
         logger.warning("%s", line)
     if step == recipe.steps:
         logger.info("%s: all %d steps are done", recipe.run_dir, step)
@@ -115,8 +121,8 @@ def train(recipe: Recipe, device: torch.device) -> None:
             parts.student_teacher, modality, index, device, recipe.seed, stage.name, stage.repetition, folder
         )
         prepared = begin_stage(stage, context, resumed=step > stage.begin)
-        with closing(stage_batches(stage, recipe, index, modality, step, prepared)) as batches:
-            step, stopping = run_stage(stage, recipe, parts, batches, step, metrics, index, stop)
+        with closing(stage_batches(stage, recipe, index, order, modality, step, prepared)) as batches:
+            step, stopping = run_stage(stage, recipe, parts, batches, step, metrics, index, order, stop)
         if stopping:
             name = stop.name or "a signal to another rank"
             logger.info("stopped by %s after step %d; the same command goes on from there", name, step)
@@ -126,13 +132,20 @@ def train(recipe: Recipe, device: torch.device) -> None:
 
 
 def stage_batches(
-    stage: Stage, recipe: Recipe, index: Index, modality: Modality, first_step: int, prepared: dict[str, Tensor]
+    stage: Stage,
+    recipe: Recipe,
+    index: Index,
+    order: Order,
+    modality: Modality,
+    first_step: int,
+    prepared: dict[str, Tensor],
 ) -> Generator[Batch, None, None]:
     """This rank's micro-batches from `first_step` to the end of the stage."""
     return train_batches(
         index,
         modality,
         {name: config.build() for name, config in recipe.masks.items()},
+        order=order,
         seed=recipe.seed,
         batch_size=recipe.batch_size,
         accumulate=recipe.accumulate,
@@ -140,7 +153,6 @@ def stage_batches(
         last_step=stage.end,
         rank=distributed.rank(),
         world_size=distributed.world_size(),
-        window_shards=recipe.data.window_shards,
         cache_shards=recipe.data.cache_shards,
         companions=recipe.data.companions.build(index, prepared) if recipe.data.companions else None,
         workers=recipe.data.workers,
@@ -156,6 +168,7 @@ def run_stage(
     step: int,
     metrics: Metrics,
     index: Index,
+    order: Order,
     stop: StopFlag,
 ) -> tuple[int, bool]:
     """Steps until the stage ends or a signal asks to stop, with a checkpoint at the end: (finished steps, stopping)."""
@@ -168,7 +181,7 @@ def run_stage(
         clock.steps += 1
         keep_count(recipe, parts, result, step)
         if step % recipe.log_every == 0 or step == recipe.steps:
-            report(metrics, recipe, parts, result, clock, step)
+            report(metrics, recipe, parts, result, clock, step, order)
         if step % recipe.save_every == 0 or step == recipe.steps or stopping:
             save(recipe, parts, index, step)
     return step, stopping

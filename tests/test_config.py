@@ -61,7 +61,7 @@ def test_every_error_at_once_with_the_nearest_key(tmp_path: Path) -> None:
         ({"masks": {"block": {"name": "block", "min_tokens": 1, "ratio": [0.1, 1.2]}}}, "masks.block.ratio"),
         (
             {"data": {"shards": "x", "window_shards": 8, "cache_shards": 4}},
-            "data: cache_shards 4 is smaller than the shuffle window, window_shards 8",
+            "data.cache_shards: 4 is smaller than the shuffle window, window_shards 8",
         ),
         (
             {"batch_size": 10, "accumulate": 4},

@@ -7,15 +7,18 @@ import shutil
 import tarfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import webdataset
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from ssl_platform.data.index import Index
-from ssl_platform.data.index_files import number
+from ssl_platform.data.index_files import ROW, number
+from ssl_platform.data.pack import main
 from ssl_platform.data.reading import ShardReader
 from ssl_platform.data.tars import atomic_file, parse_record, scan_shard, split_name
 
@@ -159,6 +162,140 @@ def test_numbered_and_named_labels_do_not_mix(tmp_path: Path) -> None:
     labelled_tar(tmp_path / "b" / "b.tar", [3])
     with pytest.raises(ValueError, match=r"/b: its labels are numbers, other shards name theirs"):
         Index.open([tmp_path / "a", tmp_path / "b"])
+
+
+# -- columns -----------------------------------------------------------------------------------------------------------
+
+
+def tar_of(path: Path, samples: list[Any]) -> Path:
+    """A tar whose samples have these `json` members."""
+    return write_tar(path, {f"{path.stem}_{i}.json": json.dumps(about).encode() for i, about in enumerate(samples)})
+
+
+def values(index: Index, name: str) -> list[int | str | None]:
+    codes, names = index.column(name)
+    assert codes.dtype == np.int64 and len(codes) == len(index) and names == sorted(set(names))
+    return [None if code < 0 else names[code] if names else code for code in codes.tolist()]
+
+
+def test_columns_are_the_scalar_keys_of_the_samples(tmp_path: Path) -> None:
+    tar_of(
+        tmp_path / "a.tar",
+        [
+            {"label": "x", "path": "p/q.png", "site": "B", "magnification": 20, "mpp": 0.5, "scanned": True, "t": -3},
+            {"site": "A", "magnification": 40.0, "mpp": 0.25, "more": [1], "table": {"site": "C"}, "site2": ""},
+            [1, 2],
+            {"site": "B", "mpp": 1.0, "magnification": None, "scanned": False, "t": 4, "caption": "x" * 300},
+            {"site": 7, "mpp": float("nan"), "label": 3, "t": 2**70},
+        ],
+    )
+    tar_of(tmp_path / "b.tar", [{"magnification": 300, "start": 5}])
+    for _ in range(2):  # scanned, and read from the files
+        index = Index.open(tmp_path)
+        assert index.columns == ["label", "group", "magnification", "mpp", "scanned", "site", "start", "t"]
+        assert values(index, "site") == ["B", "A", None, "B", "7", None]
+        assert values(index, "magnification") == [20, 40, None, None, None, 300]
+        assert values(index, "mpp") == ["0.5", "0.25", None, "1", None, None]
+        assert values(index, "scanned") == ["true", None, None, "false", None, None]
+        assert values(index, "t") == ["-3", None, None, "4", str(2**70), None]
+        assert values(index, "start") == [None] * 5 + [5]
+        assert values(index, "label") == ["x", None, None, None, "3", None]
+    part = index._parts[0][0]
+    assert not part.rows.flags.owndata, "mapped, not read"
+    types = {name: part.rows.dtype[f"column{place}"].itemsize for place, name in enumerate(part.columns)}
+    assert types == {"magnification": 2, "mpp": 1, "scanned": 1, "site": 1, "start": 1, "t": 1}
+    with pytest.raises(ValueError) as raised:
+        index.column("sites")
+    assert str(raised.value) == (
+        "no column 'sites'; there are label, group, magnification, mpp, scanned, site, start, t"
+    )
+
+
+scalars = st.one_of(st.none(), st.integers(-2, 300), st.sampled_from(["a", "b", "7"]))
+
+
+@settings(max_examples=40)
+@given(st.lists(st.lists(scalars, max_size=4), min_size=1, max_size=3), st.lists(scalars, min_size=1, max_size=4))
+def test_columns_of_folders_joined_are_the_columns_of_each(
+    tmp_path_factory: pytest.TempPathFactory, shards: list[list[Any]], other: list[Any]
+) -> None:
+    folder = tmp_path_factory.mktemp("columns")
+    for number_, column in enumerate(shards):
+        tar_of(folder / "a" / f"{number_}.tar", [{"x": value} for value in column])
+    tar_of(folder / "b" / "0.tar", [{"x": value} for value in other])
+    tar_of(folder / "c" / "0.tar", [{"label": "y"}, {}])
+    index = Index.open([folder / "a", folder / "b", folder / "c"])
+    if "x" not in index.columns:
+        assert not any(value is not None for column in [*shards, other] for value in column)
+        return
+    expected = [value for column in [*shards, other, [None, None]] for value in column]
+    found = values(index, "x")
+    if all(value is None or isinstance(value, int) for value in found):
+        assert found == expected
+    else:
+        assert found == [None if value is None else str(value) for value in expected]
+
+
+def test_a_column_that_grows_with_the_folder(tmp_path: Path) -> None:
+    tar_of(tmp_path / "b.tar", [{"site": "B"}, {"site": "C"}, {}])
+    assert values(Index.open(tmp_path), "site") == ["B", "C", None]
+    tar_of(tmp_path / "a.tar", [{"site": "A", "magnification": 5}])
+    index = Index.open(tmp_path)
+    assert values(index, "site") == ["A", "B", "C", None] and values(index, "magnification") == [5, None, None, None]
+
+
+def test_texts_that_always_differ_are_no_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ssl_platform.data.index_files.MAX_NAMES", 2)
+    monkeypatch.setattr("ssl_platform.data.index_files.MAX_COLUMNS", 2)
+    tar_of(tmp_path / "a.tar", [{"file": f"f{i}", "a": i % 2, "b": i, "c": "x"} for i in range(3)])
+    for _ in range(2):
+        index = Index.open(tmp_path)
+        assert index.columns == ["label", "group", "a", "b"] and values(index, "b") == [0, 1, 2]
+        with pytest.raises(
+            ValueError, match="no column 'file' in the index: it has too many different values .*; there"
+        ):
+            index.column("file")
+    tar_of(tmp_path / "b.tar", [{"file": "f"}])
+    assert Index.open(tmp_path).columns == ["label", "group", "a", "b"], "what was left out stays out"
+
+
+def test_an_index_from_before_columns_is_read_and_says_so(tmp_path: Path) -> None:
+    tar_of(tmp_path / "a.tar", [{"site": "A", "label": 1}])
+    Index.open(tmp_path)
+    about = json.loads((tmp_path / "index.json").read_text())
+    del about["columns"], about["columns_left_out"]
+    (tmp_path / "index.json").write_text(json.dumps(about | {"format": 1}))
+    rows = np.load(tmp_path / "index.npy")
+    np.save(tmp_path / "index.npy", np.array([tuple(row)[:5] for row in rows], dtype=ROW))
+    index = Index.open(tmp_path)
+    assert index.labels.tolist() == [1] and index.columns == ["label", "group"]
+    with pytest.raises(ValueError) as raised:
+        index.column("site")
+    assert str(raised.value) == (
+        f"no column 'site'; there are label, group. The index of {tmp_path} is older than further columns: give its "
+        f"ssl-pack command again, or `ssl-pack --index {tmp_path}` for tars made elsewhere; the tars stay as they are"
+    )
+    assert main(["--index", str(tmp_path)]) == 0
+    assert values(Index.open(tmp_path), "site") == ["A"]
+
+    (tmp_path / "index.json").write_text(json.dumps(about | {"format": 1}))
+    np.save(tmp_path / "index.npy", np.array([tuple(row)[:5] for row in rows], dtype=ROW))
+    tar_of(tmp_path / "b.tar", [{"site": "B"}])
+    assert values(Index.open(tmp_path), "site") == ["A", "B"], "the old shards are scanned again, to have columns too"
+
+
+def test_columns_of_a_manifest_are_packed(tmp_path: Path) -> None:
+    for number_ in range(4):
+        Image.new("L", (4, 4), number_).save(tmp_path / f"{number_}.png")
+    rows = ["path,site,magnification", "0.png,A,20", "1.png,B,20", "2.png,,40", "3.png,A,5"]
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    for extra in ([], ["--overwrite"]):
+        assert main([str(tmp_path / "table.csv"), str(tmp_path / "out"), "--samples-per-shard", "3", *extra]) == 0
+        index = Index.open(tmp_path / "out")
+        reader = ShardReader(index, cache_shards=1)
+        abouts = [json.loads(reader.read(sample).members["json"]) for sample in range(4)]
+        for name in ("site", "magnification"):
+            assert values(index, name) == [about[name] or None for about in abouts]
 
 
 # -- what can be opened ------------------------------------------------------------------------------------------------
@@ -305,7 +442,7 @@ def test_damaged_index_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"index\.json: cannot be read .*delete it and index\.npy"):
         Index.open(tmp_path)
     (tmp_path / "index.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(ValueError, match=r"index\.json: expected format 1, found 99"):
+    with pytest.raises(ValueError, match=r"index\.json: expected format 2, found 99"):
         Index.open(tmp_path)
     (tmp_path / "index.json").write_text(good)
     os.truncate(tmp_path / "index.npy", 100)

@@ -161,7 +161,10 @@ def test_finished_run_started_again_changes_nothing(whole: Path) -> None:
         ("batch_size=8", "batch_size was 16 and is now 8"),
         ("seed=3", "seed was 0 and is now 3"),
         ("optim.name=sgd", "optim.name was adamw and is now sgd"),
-        ("data.window_shards=1", "Set data.shards and data.window_shards as they were, or start another run_dir"),
+        (
+            "data.window_shards=1",
+            "Set data.shards, data.sources and data.window_shards as they were, or start another run_dir",
+        ),
         ("steps=9", "10 steps are done, more than steps=9"),
         ("heads.dino.num_prototypes=65", "was written by another configuration: heads.dino"),
     ],

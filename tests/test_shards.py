@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ssl_platform.config import Config, ConfigError, validate
 from ssl_platform.data.companions.random import Config as RandomCompanions
 from ssl_platform.data.index import Index
-from ssl_platform.data.order import micro_batch_positions
+from ssl_platform.data.order import Order, micro_batch_positions
 from ssl_platform.data.reading import BadSampleError, ShardReader
 from ssl_platform.data.shards import DataConfig, preprocessed, train_batches
 from ssl_platform.modalities import GroupSpec
@@ -94,8 +94,9 @@ def write_shards(folder: Path, counts: Sequence[int], bad: dict[int, int] | None
 def batches(index: Index, workers: int = 0, **given_: Any) -> Generator[Batch, None, None]:
     arguments: dict[str, Any] = {
         "seed": 3, "batch_size": 8, "accumulate": 1, "first_step": 0, "last_step": 9, "rank": 0, "world_size": 1,
-        "window_shards": 2, "cache_shards": 3, "companions": None, "prefetch": 2,
+        "cache_shards": 3, "companions": None, "prefetch": 2,
     }  # fmt: skip
+    arguments["order"] = Order.of_shards(index.shard_counts, given_.get("seed", 3), given_.pop("window_shards", 2))
     masks = {"a": ToyMasks("global"), "b": ToyMasks("local"), "c": ToyMasks("global")}
     return train_batches(index, Toy(), masks, workers=workers, **(arguments | given_))
 
@@ -389,7 +390,7 @@ def test_config_errors_are_lines() -> None:
     with pytest.raises(ConfigError) as raised:
         validate(Run, {"data": {"shards": "a", "cache_shards": 8}})
     assert raised.value.lines == [
-        "data: cache_shards 8 is smaller than the shuffle window, window_shards 16: shards would be closed and opened "
+        "data.cache_shards: 8 is smaller than the shuffle window, window_shards 16: shards would be closed and opened "
         "again for every sample"
     ]
     with pytest.raises(ConfigError) as raised:

@@ -3,7 +3,7 @@
 import hashlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +40,9 @@ class Index:
         """The names of labels and of groups; empty where they are only numbers."""
         self.statistics = _merged_statistics([part.statistics for part in parts])
         """{"mean": [...], "std": [...]} of each channel, pixel values in [0, 1]; None if unknown."""
+        self.sources: dict[str, range] = {}
+        """The shards of each source of a mixture; empty without one."""
+        self._digests: dict[str, str] = {}
         self._parts = list(zip(parts, label_maps, group_maps, strict=True))
         self._first_samples: list[int] = np.cumsum([0] + [len(part.rows) for part in parts]).tolist()
         self._first_shards: list[int] = np.cumsum([0] + [len(part.shards) for part in parts]).tolist()
@@ -59,6 +62,19 @@ class Index:
         if not any(len(part.rows) for part in parts):
             raise ValueError(f"{', '.join(map(str, given)) or 'the list of shards'}: there is no sample in it")
         return cls(parts)
+
+    @classmethod
+    def joined(cls, sources: Mapping[str, "Index"]) -> "Index":
+        """The samples of all sources, one after the other; raises ValueError if a shard is in two of them."""
+        index = cls([part for source in sources.values() for part, _, _ in source._parts])
+        firsts = np.cumsum([0] + [source.num_shards for source in sources.values()]).tolist()
+        index.sources = {name: range(firsts[i], firsts[i + 1]) for i, name in enumerate(sources)}
+        owner: dict[Path, str] = {}
+        for name, source in sources.items():
+            for shard in source.shards:
+                if (other := owner.setdefault(shard.resolve(), name)) != name:
+                    raise ValueError(f"{shard}: this shard is in two sources, '{other}' and '{name}'")
+        return index
 
     def __len__(self) -> int:
         return self._first_samples[-1]
@@ -117,6 +133,50 @@ class Index:
         """(N,): the same for groups (patients, blocks of a slide, ...), which an evaluation must not split."""
         return self._column("group", [groups for _, _, groups in self._parts])
 
+    @cached_property
+    def columns(self) -> list[str]:
+        """The names that `column` takes."""
+        return ["label", "group", *sorted({name for part, _, _ in self._parts for name in part.columns})]
+
+    def column(self, name: str) -> tuple[NDArray[np.int64], list[str]]:
+        """Codes (N,) and names of "label", "group" or a scalar key of the samples' `json` (magnification, site, ...).
+
+        A code is a place in the names if there are any, else the number given; -1 where a sample has no value. Raises
+        ValueError that lists the columns there are.
+        """
+        if name not in self.columns:
+            raise ValueError(self._no_column(name))
+        if name in ("label", "group"):
+            return (self.labels, self.label_names) if name == "label" else (self.groups, self.group_names)
+        named = any(part.columns.get(name) for part, _, _ in self._parts)
+        pieces = [_part_column(part, name, named) for part, _, _ in self._parts]
+        names = sorted({value for _, own in pieces for value in own})
+        codes = [_renumbering(own, names)[codes] if own != names else codes for codes, own in pieces]
+        return np.concatenate(codes), names
+
+    def column_digest(self, name: str) -> str:
+        """The same only for the same values of a column in the same order."""
+        if name not in self._digests:
+            codes, names = self.column(name)
+            digest = hashlib.blake2b(repr(names).encode(), digest_size=4)
+            for first in range(0, len(codes), 1 << 20):  # a column may be a view of the mapped file
+                digest.update(np.ascontiguousarray(codes[first : first + (1 << 20)], dtype="<i8").tobytes())
+            self._digests[name] = digest.hexdigest()
+        return self._digests[name]
+
+    def _no_column(self, name: str) -> str:
+        folders = [part.shards[0].parent for part, _, _ in self._parts if part.columns_left_out is None]
+        left_out = {column for part, _, _ in self._parts for column in part.columns_left_out or ()}
+        why = f"; there are {', '.join(self.columns)}"
+        if name in left_out:
+            why = " in the index: it has too many different values to be a category" + why
+        elif folders:
+            why += (
+                f". The index of {folders[0]} is older than further columns: give its ssl-pack command again, or "
+                f"`ssl-pack --index {folders[0]}` for tars made elsewhere; the tars stay as they are"
+            )
+        return f"no column '{name}'{why}"
+
     def _column(self, name: str, maps: Sequence[NDArray[np.int64] | None] | None = None) -> NDArray[np.int64]:
         columns: list[NDArray[np.int64]] = [part.rows[name] for part, _, _ in self._parts]
         for number, renumber in enumerate(maps or []):
@@ -135,6 +195,23 @@ class _Part(NamedTuple):
     names: dict[str, list[str]]
     """Of "label" and "group"."""
     statistics: dict[str, Any] | None
+    columns: dict[str, list[str]] = {}
+    """The names of the values of each further column ([] = numbers), which `rows` has as "column0", "column1", ..."""
+    columns_left_out: list[str] | None = None
+    """Columns with too many different values; None = the index was made before columns were kept."""
+
+
+def _part_column(part: _Part, name: str, named: bool) -> tuple[NDArray[np.int64], list[str]]:
+    """The codes of one part and their names; with `named`, numbers get names too, as other parts have them."""
+    if name not in part.columns:
+        return np.full(len(part.rows), -1, dtype=np.int64), []
+    names = part.columns[name]
+    codes = part.rows[f"column{list(part.columns).index(name)}"].astype(np.int64)
+    if named and not names:
+        values, codes = np.unique(codes, return_inverse=True)
+        names = [str(value) for value in values[values >= 0].tolist()]
+        codes -= int((values < 0).any())  # -1 is the first of the values
+    return codes, names
 
 
 def _expand(path: Path) -> list[tuple[Path, list[str] | None]]:
@@ -165,6 +242,8 @@ def _folder_parts(folder: Path, names: list[str] | None) -> list[_Part]:
             first_shard=run.start,
             names={"label": about["label_names"], "group": about["group_names"]},
             statistics=about["statistics"],
+            columns={name: column["names"] for name, column in about.get("columns", {}).items()},
+            columns_left_out=about.get("columns_left_out"),
         )
         for run in _runs(wanted)
     ]

@@ -3,20 +3,28 @@
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard, write_json
+from ssl_platform.data.tars import Scalar, ShardScan, atomic_file, scan_shard, write_json
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
+READABLE = (1, 2)
+"""1 had no columns besides label and group."""
 ROW = np.dtype([(name, "<i8") for name in ("start", "stop", "label", "group", "shard")])
-"""A sample in `index.npy`: its first byte, the byte after its last, label and group (-1 none), number of its shard."""
+"""A sample in `index.npy`: its first byte, the byte after its last, label and group (-1 none), number of its shard.
+
+The columns of `index.json` follow, as "column0", "column1", ... in their order.
+"""
+MAX_COLUMNS = 100
+MAX_NAMES = 1 << 16
+"""A text that differs more often is no category (a file name, a caption): such a column is left out."""
 
 
 def open_folder(folder: Path, names: Sequence[str] | None) -> tuple[dict[str, Any], NDArray[Any], list[int]]:
@@ -41,7 +49,10 @@ def open_folder(folder: Path, names: Sequence[str] | None) -> tuple[dict[str, An
         changed = _changed(folder, about, names or []) if about["scanned"] else set()
         if unknown or changed:
             known = {name: scan for name, scan in _as_scans(about, rows).items() if name not in changed}
-            about, rows = index_folder(folder, sorted(unknown | changed), known=known)
+            if about["format"] < FORMAT:  # these have no columns, which the others will
+                unknown, known = unknown | _present(folder, known), {}
+            left_out = about.get("columns_left_out", [])
+            about, rows = index_folder(folder, sorted(unknown | changed), known=known, left_out=left_out)
         if not about["scanned"] and (more := {tar.name for tar in folder.glob("*.tar")} - _shard_names(about)):
             logger.warning("%s: %s not in its index.json and not read", folder, ", ".join(sorted(more)[:5]))
     places = {shard["name"]: place for place, shard in enumerate(about["shards"])}
@@ -52,7 +63,7 @@ def open_folder(folder: Path, names: Sequence[str] | None) -> tuple[dict[str, An
 
 
 def index_folder(
-    folder: Path, names: Sequence[str], known: Mapping[str, ShardScan] | None = None
+    folder: Path, names: Sequence[str], known: Mapping[str, ShardScan] | None = None, left_out: Sequence[str] = ()
 ) -> tuple[dict[str, Any], NDArray[Any]]:
     """Scans the tars `names` of a folder that ssl-pack did not make; returns its description and rows.
 
@@ -72,7 +83,7 @@ def index_folder(
         if time.monotonic() - said > 30:
             said = time.monotonic()
             logger.info("%s: scanned %d of %d shards", folder, done + 1, len(names))
-    about, rows = describe(scans, scanned=True)
+    about, rows = describe(scans, scanned=True, left_out=left_out)
     try:
         write_index(folder, about, rows)
     except OSError as error:
@@ -81,20 +92,29 @@ def index_folder(
 
 
 def describe(
-    scans: Mapping[str, ShardScan], *, scanned: bool, statistics: dict[str, Any] | None = None, **more: Any
+    scans: Mapping[str, ShardScan],
+    *,
+    scanned: bool,
+    statistics: dict[str, Any] | None = None,
+    left_out: Sequence[str] = (),
+    **more: Any,
 ) -> tuple[dict[str, Any], NDArray[Any]]:
     """What `index.json` and `index.npy` hold of the shards {name: scan}, which are put in the order of their names.
 
-    `scanned` tells tars made elsewhere from those of ssl-pack; `more` are further keys of the description.
+    `scanned` tells tars made elsewhere from those of ssl-pack; `left_out` are columns known to be no categories; `more`
+    are further keys of the description.
     """
     scans = dict(sorted(scans.items()))
     sizes = [len(scan.starts) for scan in scans.values()]
     labels, label_names = number([label for scan in scans.values() for label in scan.labels])
     groups, group_names = number([group for scan in scans.values() for group in scan.groups])
-    rows = np.empty(len(labels), dtype=ROW)
+    columns, codes, left_out = _columns(scans, sizes, left_out)
+    rows = np.empty(len(labels), dtype=_row_type(columns))
     rows["start"] = [start for scan in scans.values() for start in scan.starts]
     rows["stop"] = [stop for scan in scans.values() for stop in scan.stops]
     rows["label"], rows["group"], rows["shard"] = labels, groups, np.repeat(np.arange(len(scans)), sizes)
+    for place, column in enumerate(codes):
+        rows[f"column{place}"] = column
     values, counts = np.unique(labels[labels >= 0], return_counts=True)
     about = {
         "format": FORMAT,
@@ -109,6 +129,8 @@ def describe(
         **more,
         "label_names": label_names,
         "group_names": group_names,
+        "columns": columns,
+        "columns_left_out": left_out,
         "shards": [
             {"name": name, "bytes": scan.size, "samples": size} | ({"modified": scan.modified} if scanned else {})
             for (name, scan), size in zip(scans.items(), sizes, strict=True)
@@ -134,7 +156,7 @@ def read_description(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); delete it and index.npy, or pack again") from error
     found = about.get("format") if isinstance(about, dict) else None
-    if found != FORMAT:
+    if found not in READABLE:
         raise ValueError(f"{path}: expected format {FORMAT}, found {found}; delete it and index.npy, or pack again")
     return dict(about)
 
@@ -151,10 +173,41 @@ def number(values: Sequence[int | str | None]) -> tuple[NDArray[np.int64], list[
     return np.array([places[None if value is None else str(value)] for value in values], dtype=np.int64), names
 
 
+def _columns(
+    scans: Mapping[str, ShardScan], sizes: Sequence[int], known_left_out: Sequence[str]
+) -> tuple[dict[str, Any], list[NDArray[np.int64]], list[str]]:
+    """The columns of `json` keys: {name: its type in a row and its names}, the codes of each, and what is left out."""
+    columns: dict[str, Any] = {}
+    codes: list[NDArray[np.int64]] = []
+    left_out = sorted(known_left_out)
+    for name in sorted({name for scan in scans.values() for name in scan.columns} - {*left_out}):
+        pairs = zip(scans.values(), sizes, strict=True)
+        values = [value for scan, size in pairs for value in scan.columns.get(name) or [None] * size]
+        if any(isinstance(value, str) or (value is not None and value < 0) for value in values):
+            values = [None if value is None else str(value) for value in values]
+        if len({value for value in values if isinstance(value, str)}) > MAX_NAMES or len(columns) == MAX_COLUMNS:
+            left_out.append(name)
+            continue
+        numbers, names = number(values)
+        columns[name] = {"type": smallest_type(int(numbers.max(initial=0))).str, "names": names}
+        codes.append(numbers)
+    return columns, codes, left_out
+
+
+def smallest_type(largest: int) -> np.dtype[Any]:
+    """The smallest integer type that holds -1 ... `largest`."""
+    return next(kind for kind in map(np.dtype, ("<i1", "<i2", "<i4", "<i8")) if np.iinfo(kind).max >= largest)
+
+
+def _row_type(columns: Mapping[str, Any]) -> np.dtype[Any]:
+    further = [(f"column{place}", column["type"]) for place, column in enumerate(columns.values())]
+    return np.dtype([*[(name, "<i8") for name in ROW.names or ()], *further])
+
+
 def _as_scans(about: Mapping[str, Any], rows: NDArray[Any]) -> dict[str, ShardScan]:
     """The inverse of `describe`."""
 
-    def values(numbers: NDArray[np.int64], names: Sequence[str]) -> list[int | str | None]:
+    def values(numbers: NDArray[np.int64], names: Sequence[str]) -> list[Scalar]:
         return [None if value < 0 else names[value] if names else value for value in numbers.tolist()]
 
     scans, first = {}, 0
@@ -167,6 +220,10 @@ def _as_scans(about: Mapping[str, Any], rows: NDArray[Any]) -> dict[str, ShardSc
             stops=part["stop"].tolist(),
             labels=values(part["label"], about["label_names"]),
             groups=values(part["group"], about["group_names"]),
+            columns={
+                name: values(part[f"column{place}"], column["names"])
+                for place, (name, column) in enumerate(about.get("columns", {}).items())
+            },
         )
         first += shard["samples"]
     return scans
@@ -174,6 +231,10 @@ def _as_scans(about: Mapping[str, Any], rows: NDArray[Any]) -> dict[str, ShardSc
 
 def _shard_names(about: Mapping[str, Any]) -> set[str]:
     return {shard["name"] for shard in about["shards"]}
+
+
+def _present(folder: Path, names: Iterable[str]) -> set[str]:
+    return {name for name in names if (folder / name).exists()}
 
 
 def _changed(folder: Path, about: Mapping[str, Any], names: Sequence[str]) -> set[str]:
@@ -195,7 +256,7 @@ def _read_rows(folder: Path, about: Mapping[str, Any]) -> NDArray[Any]:
     except (OSError, ValueError, EOFError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); delete it and index.json, or pack again") from error
     rows = rows.view(np.ndarray)  # still mapped, but a row costs a third
-    if rows.dtype != ROW or len(rows) != about["samples"]:
+    if rows.dtype != _row_type(about.get("columns", {})) or len(rows) != about["samples"]:
         raise ValueError(f"{path}: does not belong to the index.json beside it; delete both, or pack again")
     return rows
 

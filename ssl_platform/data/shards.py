@@ -14,9 +14,10 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from ssl_platform.config import Config, plugin
+from ssl_platform.config import Config, ConfigError, plugin
 from ssl_platform.data.companions import Companions
 from ssl_platform.data.index import Index
+from ssl_platform.data.mixture import SourceConfig, mixture_problems
 from ssl_platform.data.order import Order, generator, micro_batch_positions
 from ssl_platform.data.reading import BadSampleError, ShardReader, decoded, reason
 from ssl_platform.masks import Masks
@@ -34,10 +35,15 @@ MAX_FILTERED = 1000
 class DataConfig(Config):
     """Which samples a run sees, in which order, and how they are read."""
 
-    shards: Path | list[Path]
+    shards: Path | list[Path] | None = None
     """A folder that ssl-pack made, a folder of WebDataset tars, a tar, a pattern such as `x/*.tar`, or a list."""
+    sources: dict[str, SourceConfig] = {}
+    """In place of `shards`, a mixture: {name: {shards, weight, balance, max_per_group}}."""
     window_shards: int = Field(default=16, ge=1)
-    """Samples are shuffled among this many shards; the shards are shuffled too. More mixes better and reads wider."""
+    """Samples are shuffled among this many shards; the shards are shuffled too. More mixes better and reads wider.
+
+    In a mixture, each source (and each class that it balances) has a window of its own.
+    """
     cache_shards: int = Field(default=32, ge=1)
     """So many shards are kept open at once, by each worker."""
     workers: int = Field(default=2, ge=0)
@@ -50,12 +56,19 @@ class DataConfig(Config):
     """Other samples that each sample's augmentation gets to see (donors, pairs), for the objectives that need them."""
 
     @model_validator(mode="after")
-    def _window_fits_cache(self) -> "DataConfig":
+    def _check(self) -> "DataConfig":
+        lines = mixture_problems(self.sources)
+        if self.shards is None and not self.sources:
+            lines.append("shards: missing; say where the samples are, or give a mixture in 'sources'")
+        if self.shards is not None and self.sources:
+            lines.append("sources: 'shards' is given too; make it a source of its own, or leave one of both out")
         if self.cache_shards < self.window_shards:
-            raise ValueError(
-                f"cache_shards {self.cache_shards} is smaller than the shuffle window, window_shards "
+            lines.append(
+                f"cache_shards: {self.cache_shards} is smaller than the shuffle window, window_shards "
                 f"{self.window_shards}: shards would be closed and opened again for every sample"
             )
+        if lines:
+            raise ValueError(ConfigError(lines))
         return self
 
 
@@ -68,6 +81,7 @@ class MicroBatches(Dataset[Batch]):
         modality: Modality,
         masks: Mapping[str, Masks],
         *,
+        order: Order,
         seed: int,
         batch_size: int,
         accumulate: int = 1,
@@ -75,7 +89,6 @@ class MicroBatches(Dataset[Batch]):
         last_step: int,
         rank: int = 0,
         world_size: int = 1,
-        window_shards: int,
         cache_shards: int,
         companions: Companions | None = None,
     ) -> None:
@@ -83,7 +96,7 @@ class MicroBatches(Dataset[Batch]):
         self.seed, self.batch_size, self.accumulate = seed, batch_size, accumulate
         self.first_step, self.last_step = first_step, last_step
         self.rank, self.world_size = rank, world_size
-        self.order = Order(index.shard_counts, seed, window_shards)
+        self.order = order
         self.reader = ShardReader(index, cache_shards)
 
     def __len__(self) -> int:
@@ -119,7 +132,7 @@ class MicroBatches(Dataset[Batch]):
         self, position: int, replaced: list[str], filtered: list[str]
     ) -> tuple[int, str, dict[str, SampleViews]]:
         """The sample at a position of the order: its id, its key, its views."""
-        epoch, sample = self.order[position]
+        epoch, sample = self.order[position]  # an epoch is a pass of the sample's source or class
         bad: list[str] = []
         unwanted: list[str] = []
         while len(bad) <= MAX_SUBSTITUTES and len(unwanted) <= MAX_FILTERED:

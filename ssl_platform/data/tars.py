@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import math
 import os
 import tarfile
 import uuid
@@ -16,6 +17,12 @@ logger = logging.getLogger(__name__)
 
 _SMALL = 1 << 16
 """Bytes: a `cls` or `json` member larger than this is data, not a label."""
+_MAX_TEXT = 256
+"""Characters: a longer text of a `json` member is a description, not a category."""
+_NO_COLUMNS = {"label", "group", "path"}
+"""Keys of a `json` member that are no columns: what the index keeps anyway, and the file that a sample was made from."""
+
+Scalar = int | str | None
 
 
 class Record(NamedTuple):
@@ -38,6 +45,8 @@ class ShardScan:
     stops: list[int] = field(default_factory=list)
     labels: list[int | str | None] = field(default_factory=list)
     groups: list[int | str | None] = field(default_factory=list)
+    columns: dict[str, list[Scalar]] = field(default_factory=dict)
+    """The other scalar keys of the `json` members, one value a sample; numbers with a fraction and booleans as text."""
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -83,7 +92,7 @@ def scan_shard(path: Path) -> ShardScan:
 def _scan(file: IO[bytes], path: Path) -> ShardScan:
     found = path.stat()
     scan = ShardScan(size=found.st_size, modified=found.st_mtime_ns)
-    key, extensions = None, set[str]()
+    key, extensions, texts = None, set[str](), dict[str, str]()
     for member, archive in _members(file):
         name = split_name(member.name) if member.isreg() else None
         if name is None:
@@ -101,9 +110,18 @@ def _scan(file: IO[bytes], path: Path) -> ShardScan:
         if name[1] == "cls" and member.size < _SMALL and scan.labels[-1] is None:
             scan.labels[-1] = _class(_contents(archive, member))
         elif name[1] == "json" and member.size < _SMALL:
-            label, group = _declared(_contents(archive, member))
+            about = _about(_contents(archive, member))
+            label, group = _category(about.get("label")), _category(about.get("group"))
             scan.labels[-1] = scan.labels[-1] if label is None else label
             scan.groups[-1] = group
+            for column_name in about.keys() - _NO_COLUMNS:
+                value = _scalar(about[column_name])
+                if value is not None:
+                    column = scan.columns.setdefault(column_name, [])
+                    column += [None] * (len(scan.starts) - 1 - len(column))
+                    column.append(texts.setdefault(value, value) if isinstance(value, str) else value)
+    for column in scan.columns.values():
+        column += [None] * (len(scan.starts) - len(column))
     return scan
 
 
@@ -141,19 +159,31 @@ def _class(contents: bytes) -> int | str | None:
         return text or None
 
 
-def _declared(contents: bytes) -> tuple[int | str | None, int | str | None]:
-    """ "label" and "group" of a JSON member; whatever else it holds is not ours to judge."""
+def _about(contents: bytes) -> dict[str, Any]:
+    """A JSON member if it is a map; whatever else it holds is not ours to judge."""
     try:
         about = json.loads(contents)
-    except ValueError:
-        return None, None
-    if not isinstance(about, dict):
-        return None, None
-    label, group = (
-        value if isinstance(value, int | str) and not isinstance(value, bool) and value != "" else None
-        for value in (about.get("label"), about.get("group"))
-    )
-    return label, group
+    except (ValueError, RecursionError):
+        return {}
+    return about if isinstance(about, dict) else {}
+
+
+def _category(value: Any) -> int | str | None:
+    """A label or group."""
+    return value if isinstance(value, int | str) and not isinstance(value, bool) and value != "" else None
+
+
+def _scalar(value: Any) -> Scalar:
+    """What a column holds of a value; None if it is no scalar, or none that tells samples apart."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return int(value) if value.is_integer() and abs(value) < 2**53 else repr(value)
+    if isinstance(value, int):
+        return value if abs(value) < 2**62 else str(value)
+    return value if isinstance(value, str) and 0 < len(value) <= _MAX_TEXT else None
 
 
 # -- writing ---------------------------------------------------------------------------------------------------------
