@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ssl_platform.config import plugin_names
+from ssl_platform.data import commands
+
 DESCRIPTION = """\
 Packs images into WebDataset tar shards with an index of their labels, groups and channel statistics, for ssl-train and
 ssl-eval. Any WebDataset tool can read the tars. INPUT is
@@ -40,6 +43,9 @@ examples:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, 1 if inputs were left out, 2 for an error, 130 for Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in plugin_names("ssl_platform.data.commands"):
+        return commands.main(argv[0], argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)
     from ssl_platform.log import set_up_logging  # here and below: torch takes seconds to load, --help should not
@@ -66,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ssl-pack",
         description=DESCRIPTION,
-        epilog=EXAMPLES,
+        epilog=EXAMPLES + "\n" + commands.summaries(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -145,7 +151,7 @@ def _pack(arguments: argparse.Namespace) -> int:
         workers=arguments.workers,
         overwrite=arguments.overwrite,
     )
-    _report(out, about)
+    report(out, about)
     return 1 if unreadable and not arguments.allow_bad else 0
 
 
@@ -176,11 +182,11 @@ def _index(arguments: argparse.Namespace) -> int:
     if not names:
         raise ValueError(f"{folder}: no tar in this folder")
     about, _ = index_folder(folder, names)
-    _report(folder, about)
+    report(folder, about)
     return 0
 
 
-def _report(folder: Path, about: dict[str, Any]) -> None:
+def report(folder: Path, about: dict[str, Any]) -> None:
     """What is in the folder now, in a few lines."""
     size = sum(shard["bytes"] for shard in about["shards"])
     num_shards = len(about["shards"])

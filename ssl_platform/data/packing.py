@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from contextlib import contextmanager
@@ -78,6 +79,7 @@ def pack(
             statistics=statistics(shards),
             unreadable=len(unreadable),
             without_tissue=sum(shard.without_tissue for shard in shards),
+            dropped=dict(sum((Counter(shard.dropped) for shard in shards), Counter())),
             packed=settings,
         )
         write_index(out, about, rows)
@@ -127,7 +129,7 @@ def _key(item: Item, number: str) -> str:
 
 def _finished(out: Path, settings: dict[str, Any], overwrite: bool) -> dict[str, Shard]:
     """The shards that an earlier run of the same plan finished; raises ValueError if something else is in `out`."""
-    ours = {path.name for path in out.glob("shard-*.tar")} | {"pack.json", "index.json", "index.npy"}
+    ours = {path.name for path in out.glob("shard-*.tar")} | {"pack.json", "index.json", "index.npy", "slides.json"}
     found = {path.name for path in out.iterdir() if not path.name.startswith(".")}
     if foreign := sorted(found - ours):
         raise ValueError(f"{out}: holds files that ssl-pack did not write ({foreign[0]}, ...): name an empty folder")

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ssl_platform.data.slides.reading import SlideTiles
 from ssl_platform.modalities._images import EXTENSIONS, decode_image
 
 _MANIFESTS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
@@ -29,6 +30,8 @@ class Item(NamedTuple):
     """Further (name, text) pairs of a manifest."""
     corner: tuple[int, int] | None = None
     """x, y of the upper left pixel of a tile; None = the whole file, as it is."""
+    slide: SlideTiles | None = None
+    """How a tile is read where `path` is a whole slide; `corner` is then in pixels of its level 0."""
 
 
 def folder_items(folder: Path, labels: bool) -> list[Item]:

@@ -14,6 +14,7 @@ import webdataset
 from numpy.typing import NDArray
 from PIL import Image
 
+from ssl_platform.data.slides import tiles
 from ssl_platform.data.sources import Item, read_image
 from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard
 from ssl_platform.modalities._images import decode_image
@@ -44,6 +45,8 @@ class Shard:
     unreadable: list[str] = field(default_factory=list)
     """One line for each input that was left out: path, reason."""
     without_tissue: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    """How many tiles of slides each check left out."""
     inputs: str = ""
     """Sizes and times of the files that it was made from, as a digest."""
 
@@ -71,11 +74,15 @@ def make_shard(job: Job) -> tuple[Shard, ShardScan]:
             try:
                 data, extension, pixels = _load(sample.item, job.tile)
                 enough = job.min_tissue <= 0 or tissue_fraction(torch.from_numpy(pixels)) >= job.min_tissue
+                refused = tiles.refusal(pixels, sample.item.slide) if sample.item.slide is not None else None
             except (OSError, ValueError) as error:
                 shard.unreadable.append(f"{sample.item.name}: {getattr(error, 'strerror', None) or error}")
                 continue
             if not enough:
                 shard.without_tissue += 1
+                continue
+            if refused is not None:
+                shard.dropped[refused] = shard.dropped.get(refused, 0) + 1
                 continue
             tar.write(_members(sample, extension, data))
             _count(shard, pixels)
@@ -104,12 +111,23 @@ def _load(item: Item, tile: int) -> tuple[bytes, str, Pixels]:
     if item.corner is None:
         data, extension = item.path.read_bytes(), item.path.suffix[1:].lower()
         return data, extension, decode_image(data, extension).numpy()
+    if item.slide is not None:
+        return _load_from_slide(item.path, item.corner, item.slide)
     image = read_image(item.path)
     x, y = item.corner
     pixels = image[:, y : y + tile, x : x + tile]
     if pixels.shape[1:] != (tile, tile):
         size = f"{image.shape[2]} x {image.shape[1]}"
         raise ValueError(f"a tile of {tile} pixels at x {x}, y {y} is not inside the image, which has {size}")
+    data, extension = encode(pixels)
+    return data, extension, pixels
+
+
+def _load_from_slide(path: Path, corner: tuple[int, int], slide: tiles.SlideTiles) -> tuple[bytes, str, Pixels]:
+    """The same of a tile of a whole slide. With index_only, what is stored is where it lies."""
+    pixels = np.empty((3, 0, 0), np.uint8) if slide.unread else tiles.read_tile(path, corner, slide)
+    if slide.index_only:
+        return tiles.reference(corner, slide), tiles.REFERENCE, pixels
     data, extension = encode(pixels)
     return data, extension, pixels
 
@@ -158,6 +176,8 @@ def statistics(shards: Sequence[Shard]) -> dict[str, Any] | None:
     (channels,) = kinds
     filled = [shard for shard in shards if shard.samples]
     pixels = sum(shard.pixels[channels] for shard in filled)
+    if not pixels:  # tiles that were left in their slides, unread
+        return None
     mean = np.sum([shard.sums[channels] for shard in filled], axis=0) / pixels  # (C,)
     variance = np.sum([shard.squares[channels] for shard in filled], axis=0) / pixels - np.square(mean)
     return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 0)).tolist(), "pixels": pixels}
