@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image, ImageFilter
 
-from ssl_platform.data.slides import checks, regions, stain
+from ssl_platform.data.slides import regions, stain
 from ssl_platform.data.slides.checks import ink_mask, otsu, shares, sharpness, tissue_mask
 from tests.whole_slides import section
 

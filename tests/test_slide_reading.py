@@ -132,7 +132,9 @@ def test_level(downsamples: tuple[float, ...], mpp: tuple[float, float], wanted:
 
 
 def test_a_coarse_scan_is_refused() -> None:
-    with pytest.raises(ValueError, match="scanned at 0.5 microns per pixel, too coarse for --mpp 0.25: .* 2 times; raise"):
+    with pytest.raises(
+        ValueError, match="scanned at 0.5 microns per pixel, too coarse for --mpp 0.25: .* 2 times; raise"
+    ):
         choose_level((1.0, 4.0), (0.5, 0.5), 0.25, max_upsampling=1.1)
 
 
@@ -144,7 +146,12 @@ def test_where_microns_come_from() -> None:
     assert microns_per_pixel(slide, override=0.5) == (0.5, 0.5)
     assert microns_per_pixel(tags) == (0.5, 1.0)
     assert microns_per_pixel(objective, from_objective=True) == (0.5, 0.5)
-    for metadata in ({}, objective, {"openslide.mpp-x": "nan", "openslide.mpp-y": "1"}, tags | {"tiff.ResolutionUnit": "none"}):
+    for metadata in (
+        {},
+        objective,
+        {"openslide.mpp-x": "nan", "openslide.mpp-y": "1"},
+        tags | {"tiff.ResolutionUnit": "none"},
+    ):
         with pytest.raises(ValueError, match="does not say how many microns .*; give --override-mpp, or a column mpp"):
             microns_per_pixel(metadata)
     with pytest.raises(ValueError, match="or --mpp-from-objective to trust its objective power 20"):

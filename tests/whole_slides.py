@@ -76,7 +76,9 @@ def write_dicom(folder: Path, levels: Sequence[Pixels], patient: str = "Doe^Jane
     folder.mkdir(parents=True, exist_ok=True)
     series, study, frame = (generate_uid() for _ in range(3))
     for number, level in enumerate(levels):
-        flavour = ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"] if number == 0 else ["DERIVED", "PRIMARY", "VOLUME", "RESAMPLED"]
+        flavour = (
+            ["ORIGINAL", "PRIMARY", "VOLUME", "NONE"] if number == 0 else ["DERIVED", "PRIMARY", "VOLUME", "RESAMPLED"]
+        )
         dataset = _dicom_level(level, 0.00025 * levels[0].shape[1] / level.shape[1], flavour)
         dataset.SeriesInstanceUID, dataset.StudyInstanceUID, dataset.FrameOfReferenceUID = series, study, frame
         dataset.PatientName = patient
@@ -106,7 +108,9 @@ def _dicom_level(image: Pixels, spacing: float, flavour: list[str]) -> Dataset:
     path.OpticalPathIdentifier, path.ObjectiveLensPower = "1", 40
     dataset.OpticalPathSequence = [path]
     dataset.ImagedVolumeWidth, dataset.ImagedVolumeHeight = width * spacing, height * spacing
-    frames = [_jpeg(image[y : y + BLOCK, x : x + BLOCK]) for y in range(0, height, BLOCK) for x in range(0, width, BLOCK)]
+    frames = [
+        _jpeg(image[y : y + BLOCK, x : x + BLOCK]) for y in range(0, height, BLOCK) for x in range(0, width, BLOCK)
+    ]
     dataset.NumberOfFrames = str(len(frames))
     dataset.PixelData = encapsulate(frames)
     dataset["PixelData"].VR = "OB"

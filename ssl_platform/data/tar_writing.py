@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ssl_platform.data.slides import tiles
+from ssl_platform.data.slides.reading import SlideTiles
 from ssl_platform.data.sources import Item, read_image
 from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard
 from ssl_platform.modalities._images import decode_image
@@ -123,7 +124,7 @@ def _load(item: Item, tile: int) -> tuple[bytes, str, Pixels]:
     return data, extension, pixels
 
 
-def _load_from_slide(path: Path, corner: tuple[int, int], slide: tiles.SlideTiles) -> tuple[bytes, str, Pixels]:
+def _load_from_slide(path: Path, corner: tuple[int, int], slide: SlideTiles) -> tuple[bytes, str, Pixels]:
     """The same of a tile of a whole slide. With index_only, what is stored is where it lies."""
     pixels = np.empty((3, 0, 0), np.uint8) if slide.unread else tiles.read_tile(path, corner, slide)
     if slide.index_only:

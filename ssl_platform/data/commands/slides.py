@@ -46,13 +46,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--allow-bad", action="store_true", help="exit status 0 although slides or tiles were left out")
     parser.add_argument("--preview", metavar="DIR", type=Path, help="a picture of each slide with its tiles drawn in")
     parser.add_argument("--patients", metavar="CSV", type=Path, help="columns slide and patient: patients are groups")
-    parser.add_argument("--index-only", action="store_true", help="leave the pixels in the slides, for training to read")
+    parser.add_argument(
+        "--index-only", action="store_true", help="leave the pixels in the slides, for training to read"
+    )
     parser.add_argument(
         "--unread", action="store_true", help="with --index-only: do not read the tiles; no statistics, no tile checks"
     )
     _add_tiles(parser.add_argument_group("tiles"))
     _add_checks(parser.add_argument_group("which tiles are kept"))
-    _add_regions(parser.add_argument_group("regions (GeoJSON as QuPath exports it; a file, or a folder of NAME.geojson)"))
+    _add_regions(
+        parser.add_argument_group("regions (GeoJSON as QuPath exports it; a file, or a folder of NAME.geojson)")
+    )
     stain = parser.add_argument_group("stain")
     stain.add_argument(
         "--normalize-stain",
@@ -161,9 +165,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"{arguments.out}: is a file; expected a folder for the shards")
     rows = keyed(rows, arguments.out)
     options = _options(arguments)
-    plans = planning.plan_slides(
-        rows, options, arguments.out, workers=arguments.workers, previews=arguments.preview
-    )
+    plans = planning.plan_slides(rows, options, arguments.out, workers=arguments.workers, previews=arguments.preview)
     failed = [plan for plan in plans if plan.failed]
     items = planning.items(rows, plans, options, later)
     if not items:
@@ -196,7 +198,8 @@ def _options(arguments: argparse.Namespace) -> Any:
         "max_tiles": arguments.max_tiles_per_slide,
         "stain": arguments.normalize_stain,
     }
-    return Options(**{name: renamed.get(name, getattr(arguments, name, None)) for name in Options._fields})
+    given: dict[str, Any] = {name: renamed.get(name, getattr(arguments, name, None)) for name in Options._fields}
+    return Options(**given)
 
 
 def _tile_checks(arguments: argparse.Namespace) -> Any:

@@ -58,9 +58,7 @@ def tissue_mask(
     if closing > 0:
         y, x = np.ogrid[-closing : closing + 1, -closing : closing + 1]
         padded = np.pad(mask, closing, mode="edge")  # or the border of the image would be eaten away
-        mask = ndimage.binary_closing(padded, x * x + y * y <= closing * closing)[
-            closing:-closing, closing:-closing
-        ]
+        mask = ndimage.binary_closing(padded, x * x + y * y <= closing * closing)[closing:-closing, closing:-closing]
         mask &= ~ink
     return mask, threshold
 

@@ -6,10 +6,12 @@ import os
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from ssl_platform.data.slides.reading import EXTENSIONS, open_slide
 from ssl_platform.data.sources import is_manifest, manifest_items
+
+Given = TypeVar("Given", Path, str)
 
 GEOJSON_COLUMNS = ("include", "exclude", "labels")
 OURS = ("x", "y", "level", "mpp", "slide")
@@ -147,7 +149,9 @@ def with_patients(rows: Sequence[SlideRow], patients: Path) -> list[SlideRow]:
         with patients.open(encoding="utf-8-sig", newline="") as file:
             table = list(csv.DictReader(file, delimiter="\t" if patients.suffix.lower() in (".tsv", ".tab") else ","))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{patients}: cannot be read as a table ({getattr(error, 'strerror', None) or error})") from error
+        raise ValueError(
+            f"{patients}: cannot be read as a table ({getattr(error, 'strerror', None) or error})"
+        ) from error
     if not table or not {"slide", "patient"} <= table[0].keys():
         raise ValueError(f"{patients}: expected a header with the columns slide and patient, and rows below it")
     given: dict[str, str] = {}
@@ -181,7 +185,9 @@ def with_regions(rows: Sequence[SlideRow], given: Mapping[str, Path | None]) -> 
         files = {path.stem: path for path in sorted(place.glob("*.*json"))} if place.is_dir() else {}
         found = [_named(row, files) if place.is_dir() else place for row in rows]
         if not any(found):
-            raise ValueError(f"{place}: no GeoJSON file in it has the name of a slide, such as {rows[0].path.stem}.geojson")
+            raise ValueError(
+                f"{place}: no GeoJSON file in it has the name of a slide, such as {rows[0].path.stem}.geojson"
+            )
         rows = [
             row._replace(regions=(*row.regions, (kind, path))) if path else row
             for row, path in zip(rows, found, strict=True)
@@ -189,7 +195,7 @@ def with_regions(rows: Sequence[SlideRow], given: Mapping[str, Path | None]) -> 
     return list(rows)
 
 
-def _named(row: SlideRow, given: Mapping[str, Path] | Mapping[str, str]) -> Path | str | None:
+def _named(row: SlideRow, given: Mapping[str, Given]) -> Given | None:
     """What is given for a slide by its name, its file name, or its file name without the ending."""
     found = (given.get(name) for name in (row.name, row.path.name, row.path.stem))
     return next((value for value in found if value is not None), None)

@@ -56,7 +56,9 @@ def plan_slides(
             said = time.monotonic()
             rate = len(plans) / (said - begun)
             left = (len(rows) - len(plans)) / rate / 60
-            logger.info("%d of %d slides looked at, %.1f a second, %.0f minutes left", len(plans), len(rows), rate, left)
+            logger.info(
+                "%d of %d slides looked at, %.1f a second, %.0f minutes left", len(plans), len(rows), rate, left
+            )
     return plans
 
 
@@ -65,9 +67,7 @@ def _mapped(work: Any, rows: Sequence[SlideRow], workers: int) -> Iterator[Slide
         yield from map(work, rows)
         return
     context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(
-        min(workers, len(rows)), context, initializer=_begin_worker, initargs=(os.getpid(),)
-    )
+    pool = ProcessPoolExecutor(min(workers, len(rows)), context, initializer=_begin_worker, initargs=(os.getpid(),))
     try:
         yield from pool.map(work, rows)
     finally:
@@ -115,7 +115,7 @@ def items(rows: Sequence[SlideRow], plans: Sequence[SlidePlan], options: Options
             ("mpp", f"{options.mpp:g}"),
         )
         group = row.name if row.group is None else row.group
-        labels = plan.labels or [row.label] * len(plan.corners)
+        labels: Sequence[int | str | None] = plan.labels or [row.label] * len(plan.corners)
         found += [
             Item(row.path, row.name, label, group, columns, corner, tiles)
             for corner, label in zip(plan.corners, labels, strict=True)

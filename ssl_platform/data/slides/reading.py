@@ -75,7 +75,7 @@ def open_slide(path: Path) -> "OpenSlide":
     if not path.exists():
         raise ValueError("no such file")
     try:
-        slide = openslide.OpenSlide(path)
+        slide: OpenSlide = openslide.OpenSlide(path)
     except openslide.OpenSlideError as error:
         why = "openslide knows no such format" if type(error) is openslide.OpenSlideUnsupportedFormatError else error
         raise ValueError(f"cannot be opened as a slide: {why}") from error
@@ -179,28 +179,26 @@ def read_area(
     """
     slide = open_slide(path)
     factor = slide.level_downsamples[level]
-    scales = [size[axis] / factor / pixels[axis] for axis in (0, 1)]
-    # Bicubic interpolation looks two pixels of the coarser grid to each side.
-    margins = [math.ceil(2 * max(scale, 1)) + 1 for scale in scales]
-    firsts = [math.floor(corner[axis] / factor) - margins[axis] for axis in (0, 1)]
-    stops = [math.ceil((corner[axis] + size[axis]) / factor) + margins[axis] for axis in (0, 1)]
-    firsts = [max(first, 0) for first in firsts]
-    stops = [max(min(stop, slide.level_dimensions[level][axis]), firsts[axis] + 1) for axis, stop in enumerate(stops)]
-    location = [round(first * factor) for first in firsts]
-    read = _read(path, slide, (location[0], location[1]), level, (stops[0] - firsts[0], stops[1] - firsts[1]))
-    starts = [corner[axis] / factor - location[axis] / factor for axis in (0, 1)]
-    ends = [start + size[axis] / factor for axis, start in enumerate(starts)]
-    limits = [read.width, read.height]
-    box = [*(max(start, 0.0) for start in starts), *(min(end, limits[axis]) for axis, end in enumerate(ends))]
+    start, length = ([value / factor for value in values] for values in (corner, size))
+    box = [start[0], start[1], start[0] + length[0], start[1] + length[1]]  # in pixels of the level
     whole = [round(value) for value in box]
-    if np.allclose(box, whole, rtol=0, atol=1e-6) and (whole[2] - whole[0], whole[3] - whole[1]) == pixels:
-        return np.asarray(read.crop((whole[0], whole[1], whole[2], whole[3])))
-    return np.asarray(read.resize(pixels, Image.Resampling.BICUBIC, box=(box[0], box[1], box[2], box[3])))
+    is_copy = np.allclose(box, whole, rtol=0, atol=1e-6) and (whole[2] - whole[0], whole[3] - whole[1]) == pixels
+    # Bicubic interpolation looks two pixels of the coarser grid to each side.
+    margins = [0 if is_copy else math.ceil(2 * max(length[axis] / pixels[axis], 1)) + 1 for axis in (0, 1)]
+    firsts = [max(math.floor(box[axis] + 1e-6) - margins[axis], 0) for axis in (0, 1)]
+    limits = [max(edge, first + 1) for edge, first in zip(slide.level_dimensions[level], firsts, strict=True)]
+    stops = [min(math.ceil(box[2 + axis] - 1e-6) + margins[axis], limits[axis]) for axis in (0, 1)]
+    location = round(firsts[0] * factor), round(firsts[1] * factor)
+    read = _read(path, slide, location, level, (stops[0] - firsts[0], stops[1] - firsts[1]))
+    if is_copy and read.size == pixels:
+        return np.asarray(read)
+    left, top = (max(box[axis] - location[axis] / factor, 0.0) for axis in (0, 1))
+    right = min(box[2] - location[0] / factor, read.width)
+    bottom = min(box[3] - location[1] / factor, read.height)
+    return np.asarray(read.resize(pixels, Image.Resampling.BICUBIC, box=(left, top, right, bottom)))
 
 
-def _read(
-    path: Path, slide: "OpenSlide", location: tuple[int, int], level: int, size: tuple[int, int]
-) -> Image.Image:
+def _read(path: Path, slide: "OpenSlide", location: tuple[int, int], level: int, size: tuple[int, int]) -> Image.Image:
     """RGB, with white where nothing was scanned."""
     openslide = _openslide()
     try:

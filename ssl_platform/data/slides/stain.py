@@ -40,7 +40,7 @@ class Transform(NamedTuple):
 def measure(pixels: NDArray[np.uint8], method: str) -> Transform:
     """The transform of a slide from a sample (N, 3) of its pixels; raises ValueError if the sample cannot tell."""
     values = np.maximum(pixels.astype(np.float64), 1)
-    stained = (-np.log(values / _WHITE) > _MIN_DENSITY).all(1)
+    stained: NDArray[np.bool_] = np.all(-np.log(values / _WHITE) > _MIN_DENSITY, axis=1)
     if stained.sum() < _MIN_PIXELS:
         raise ValueError(f"{int(stained.sum())} stained pixels in the sample, at least {_MIN_PIXELS} are needed")
     return _macenko(values, stained) if method == "macenko" else _reinhard(values[stained])
@@ -69,7 +69,7 @@ def stain_vectors(density: Values) -> Values:
     low, high = np.percentile(angles, [_ANGLE_PERCENTILE, 100 - _ANGLE_PERCENTILE])
     if high - low < _MIN_ANGLE:
         raise ValueError("the pixels show one colour only, not two stains")
-    found = plane @ np.array([[np.cos(low), np.cos(high)], [np.sin(low), np.sin(high)]])  # (3, 2)
+    found: Values = plane @ np.array([[np.cos(low), np.cos(high)], [np.sin(low), np.sin(high)]])  # (3, 2)
     if not (found.sum(0) > 0).all():
         raise ValueError("the colours are not those of two stains on a light ground")
     return found if found[0, 0] > found[0, 1] else found[:, ::-1]  # haematoxylin takes more of the red
@@ -101,4 +101,5 @@ def normalized(pixels: NDArray[np.uint8], transform: Transform) -> NDArray[np.ui
     else:
         logs = np.log(np.maximum(values @ _LMS_FROM_RGB.T, 1))
         found = np.exp(logs @ matrix.T + np.array(transform.offset)) @ np.linalg.inv(_LMS_FROM_RGB).T
-    return np.clip(np.rint(found), 0, 255).astype(np.uint8).reshape(pixels.shape)
+    rounded: NDArray[np.uint8] = np.clip(np.rint(found), 0, 255).astype(np.uint8)
+    return rounded.reshape(pixels.shape)
