@@ -25,9 +25,7 @@ class ShardReader:
         if len(data) != place.stop - place.start:
             raise ValueError(f"the shard ends at byte {place.start + len(data)}, inside this sample")
         record = parse_record(data)
-        if tiles.REFERENCE in record.members:
-            return tiles.with_pixels(record, self.index.shards[place.shard].parent)
-        return record
+        return tiles.with_pixels(record, self.index.shards[place.shard]) if tiles.REFERENCE in record.members else record
 
     def shard_name(self, sample: int) -> str:
         return self.index.shards[self.index[sample].shard].name

@@ -75,15 +75,14 @@ def make_shard(job: Job) -> tuple[Shard, ShardScan]:
             try:
                 data, extension, pixels = _load(sample.item, job.tile)
                 enough = job.min_tissue <= 0 or tissue_fraction(torch.from_numpy(pixels)) >= job.min_tissue
-                refused = tiles.refusal(pixels, sample.item.slide) if sample.item.slide is not None else None
+            except tiles.Unwanted as check:
+                shard.dropped[str(check)] = shard.dropped.get(str(check), 0) + 1
+                continue
             except (OSError, ValueError) as error:
                 shard.unreadable.append(f"{sample.item.name}: {getattr(error, 'strerror', None) or error}")
                 continue
             if not enough:
                 shard.without_tissue += 1
-                continue
-            if refused is not None:
-                shard.dropped[refused] = shard.dropped.get(refused, 0) + 1
                 continue
             tar.write(_members(sample, extension, data))
             _count(shard, pixels)
@@ -126,7 +125,7 @@ def _load(item: Item, tile: int) -> tuple[bytes, str, Pixels]:
 
 def _load_from_slide(path: Path, corner: tuple[int, int], slide: SlideTiles) -> tuple[bytes, str, Pixels]:
     """The same of a tile of a whole slide. With index_only, what is stored is where it lies."""
-    pixels = np.empty((3, 0, 0), np.uint8) if slide.unread else tiles.read_tile(path, corner, slide)
+    pixels = np.empty((3, 0, 0), np.uint8) if slide.unread else tiles.wanted_tile(path, corner, slide)
     if slide.index_only:
         return tiles.reference(corner, slide), tiles.REFERENCE, pixels
     data, extension = encode(pixels)

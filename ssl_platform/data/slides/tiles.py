@@ -23,6 +23,10 @@ REPORT, PATHS = "slides.json", "slides.json"
 """In the folder of the shards, how tiles are read; in the look-up folder beside it, where the slides are."""
 
 
+class Unwanted(Exception):
+    """A tile that is good, but not what was asked for; the text is the check that it fails."""
+
+
 def read_tile(path: Path, corner: tuple[int, int], tiles: SlideTiles) -> NDArray[np.uint8]:
     """(3, tile, tile), normalised if asked for; raises ValueError if the slide cannot be read."""
     pixels = read_area(path, corner, tiles.size, (tiles.pixels, tiles.pixels), tiles.level)
@@ -31,13 +35,14 @@ def read_tile(path: Path, corner: tuple[int, int], tiles: SlideTiles) -> NDArray
     return np.ascontiguousarray(np.moveaxis(pixels, -1, 0))
 
 
-def refusal(pixels: NDArray[np.uint8], tiles: SlideTiles) -> str | None:
-    """The check that drops a tile, None if it passes all."""
+def wanted_tile(path: Path, corner: tuple[int, int], tiles: SlideTiles) -> NDArray[np.uint8]:
+    """The same, checked; raises Unwanted with the check that it fails."""
+    pixels = read_tile(path, corner, tiles)
     if tiles.min_stained > 0 and tissue_fraction(torch.from_numpy(pixels)) < tiles.min_stained:
-        return "too few stained pixels"
+        raise Unwanted("too few stained pixels")
     if tiles.min_sharpness > 0 and sharpness(pixels) < tiles.min_sharpness:
-        return "blurred"
-    return None
+        raise Unwanted("blurred")
+    return pixels
 
 
 def reference(corner: tuple[int, int], tiles: SlideTiles) -> bytes:
@@ -45,12 +50,14 @@ def reference(corner: tuple[int, int], tiles: SlideTiles) -> bytes:
     return json.dumps({"slide": tiles.key, "x": corner[0], "y": corner[1]}).encode()
 
 
-def with_pixels(record: Record, folder: Path) -> Record:
+def with_pixels(record: Record, shard: object) -> Record:
     """The record of a tile that still lies in its slide, with its pixels as the member "npy".
 
-    `folder` is that of its shard. Raises ValueError, without the name of the slide, if they cannot be read.
+    `shard` is where the record lies. Raises ValueError, without the name of the slide, if they cannot be read.
     """
-    members = dict(record.members)
+    if not isinstance(shard, Path):
+        raise ValueError("made with --index-only, which only finds its slides where it lies in a folder, not at a URL")
+    folder, members = shard.parent, dict(record.members)
     place = json.loads(members.pop(REFERENCE))
     path, tiles = _slides(folder, _modified(folder))[place["slide"]]
     file = io.BytesIO()
