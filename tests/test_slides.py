@@ -28,6 +28,7 @@ from ssl_platform.modalities._images import decode_image
 from ssl_platform.views import Batch
 from tests.whole_slides import LABEL_COLOUR, disk_share, pyramid, section, write_dicom, write_svs, write_tiff
 
+ROOT = Path(__file__).parents[1]
 HEIGHT, WIDTH = 1024, 1280
 SMALL = ("--tile", 64, "--mask-mpp", 4)
 
@@ -513,3 +514,27 @@ def test_a_slide_that_is_gone_is_a_bad_sample_without_a_name(tmp_path: Path) -> 
     (lookup_folder(tmp_path / "index") / "slides.json").unlink()
     with pytest.raises(ValueError, match="shards made with --index-only need it to find their slides"):
         ShardReader(Index.open(tmp_path / "index"), 1).read(0)
+
+
+def test_the_page_is_true(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands and the program of docs/modalities/pathology.md, as written, on small slides."""
+    from ssl_platform import export, train
+    from ssl_platform.data import pack
+
+    page = (ROOT / "docs/modalities/pathology.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "raw").symlink_to(raw)
+    shutil.copy(ROOT / "configs/smoke/pathology.yaml", "my.yaml")
+    mains = {"ssl-pack": pack.main, "ssl-train": train.main, "ssl-export": export.main}
+    lines = [line.split() for line in page.splitlines() if line.startswith("    ssl-")]
+    assert [line[0] for line in lines] == ["ssl-pack", "ssl-train", "ssl-export", "ssl-pack"]
+    smaller = {
+        "ssl-pack": ["--tile", "64"],
+        "ssl-train": ["steps=2", "optim.lr.warmup_steps=1", "data.window_shards=1"],
+    }
+    for program, *arguments in lines:
+        small = ["1" if word == "16" else word for word in arguments]
+        assert not mains[program]([*small, *smaller.get(program, [])]), program
+    exec(page[page.index("```python") + 9 : page.rindex("```")], {})
+    assert np.load("features.npy").shape == (len(Index.open(tmp_path / "shards")), 32)
+    assert np.isfinite(np.load("features.npy")).all()

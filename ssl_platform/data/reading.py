@@ -25,7 +25,9 @@ class ShardReader:
         if len(data) != place.stop - place.start:
             raise ValueError(f"the shard ends at byte {place.start + len(data)}, inside this sample")
         record = parse_record(data)
-        return tiles.with_pixels(record, self.index.shards[place.shard]) if tiles.REFERENCE in record.members else record
+        return (
+            tiles.with_pixels(record, self.index.shards[place.shard]) if tiles.REFERENCE in record.members else record
+        )
 
     def shard_name(self, sample: int) -> str:
         return self.index.shards[self.index[sample].shard].name
