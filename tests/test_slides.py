@@ -83,7 +83,7 @@ def test_a_folder_of_slides(raw: Path, tmp_path: Path, capsys: pytest.CaptureFix
     assert len(index.group_names) == 3, "a slide is a group"
     for about, pixels in packed:
         assert pixels.shape == (3, 64, 64) and pixels.dtype == np.uint8
-        assert about["level"] == "0" and about["mpp"] == "0.5"
+        assert about["level"] == 0 and about["mpp"] == 0.5
         box = [about["x"], about["y"], about["x"] + 128, about["y"] + 128]
         assert disk_share(HEIGHT, WIDTH, box) > 0.4
     for number, slide in enumerate(sorted({about["slide"] for about, _ in packed})):

@@ -151,6 +151,8 @@ def _members(sample: Numbered, extension: str, data: bytes) -> dict[str, Any]:
     about = {"path": item.name, **dict(item.columns), "label": item.label, "group": item.group}
     if item.corner is not None:
         about |= {"x": item.corner[0], "y": item.corner[1]}
+    if item.slide is not None:
+        about |= tiles.about(item.slide)
     members: dict[str, Any] = {"__key__": sample.key, extension: data, "json": json.dumps(about).encode()}
     if sample.label >= 0:
         members["cls"] = str(sample.label).encode()

@@ -108,16 +108,10 @@ def items(rows: Sequence[SlideRow], plans: Sequence[SlidePlan], options: Options
     found = []
     for row, plan in zip(rows, plans, strict=True):
         tiles = _tiles(plan, options, later)
-        columns = (
-            *row.columns,
-            ("slide", row.key),
-            ("level", str(plan.level)),
-            ("mpp", f"{options.mpp:g}"),
-        )
         group = row.name if row.group is None else row.group
         labels: Sequence[int | str | None] = plan.labels or [row.label] * len(plan.corners)
         found += [
-            Item(row.path, row.name, label, group, columns, corner, tiles)
+            Item(row.path, row.name, label, group, row.columns, corner, slide=tiles)
             for corner, label in zip(plan.corners, labels, strict=True)
         ]
     return found
@@ -128,6 +122,7 @@ def _tiles(plan: SlidePlan, options: Options, later: TileChecks) -> SlideTiles:
         key=plan.key,
         size=plan.size,
         pixels=options.tile,
+        mpp=options.mpp,
         level=plan.level,
         stain=None if plan.stain is None else tuple(tuple(p) if isinstance(p, list | tuple) else p for p in plan.stain),
         **later._asdict(),
@@ -147,7 +142,7 @@ def report(plans: Sequence[SlidePlan], options: Options, later: TileChecks) -> d
             "notes": plan.notes,
         }
         tiles = _tiles(plan, options, later)._asdict()
-        about |= {"read": {name: tiles[name] for name in ("size", "pixels", "level", "stain")}}
+        about |= {"read": {name: tiles[name] for name in ("size", "pixels", "mpp", "level", "stain")}}
         slides[plan.key] = about
     written: dict[str, Any] = json.loads(json.dumps({"format": FORMAT, "slides": slides}))
     return written

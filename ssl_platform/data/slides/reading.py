@@ -38,6 +38,8 @@ class SlideTiles(NamedTuple):
     """Width and height of a tile in pixels of level 0."""
     pixels: int
     """Width and height of a tile as it is stored."""
+    mpp: float
+    """Microns per pixel of the tile."""
     level: int
     """The level that is read."""
     stain: tuple[Any, ...] | None = None

@@ -45,6 +45,11 @@ def wanted_tile(path: Path, corner: tuple[int, int], tiles: SlideTiles) -> NDArr
     return pixels
 
 
+def about(tiles: SlideTiles) -> dict[str, Any]:
+    """What a sample's `json` says of its tile besides the place."""
+    return {"slide": tiles.key, "level": tiles.level, "mpp": tiles.mpp}
+
+
 def reference(corner: tuple[int, int], tiles: SlideTiles) -> bytes:
     """What a shard without pixels holds of a tile."""
     return json.dumps({"slide": tiles.key, "x": corner[0], "y": corner[1]}).encode()
@@ -83,7 +88,10 @@ def _slides(folder: Path, _: tuple[int, ...]) -> dict[str, tuple[Path, SlideTile
     for key, about in json.loads((folder / REPORT).read_text(encoding="utf-8"))["slides"].items():
         read: dict[str, Any] = about["read"]
         chosen = None if read["stain"] is None else _tuples(read["stain"])
-        found[key] = Path(paths[key]), SlideTiles(key, tuple(read["size"]), read["pixels"], read["level"], chosen)
+        found[key] = (
+            Path(paths[key]),
+            SlideTiles(key, tuple(read["size"]), read["pixels"], read["mpp"], read["level"], chosen),
+        )
     return found
 
 
