@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -192,6 +193,7 @@ def _finish(plan: Plan, shards: Mapping[str, Shard], scans: Mapping[str, ShardSc
         statistics=statistics(every),
         unreadable=len(left_out),
         without_tissue=without_tissue,
+        dropped=dict(sum((Counter(shard.dropped) for shard in every), Counter[str]())),
         packed=plan.settings,
     )
     write_index(plan.folder, about, rows)
