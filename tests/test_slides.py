@@ -18,6 +18,7 @@ from PIL import Image
 from ssl_platform.config import validate
 from ssl_platform.data.identity import lookup_folder
 from ssl_platform.data.index import Index
+from ssl_platform.data.order import Order
 from ssl_platform.data.pack import main
 from ssl_platform.data.reading import ShardReader
 from ssl_platform.data.shards import train_batches
@@ -223,7 +224,7 @@ def test_blurred_and_unstained_tiles_are_dropped_when_read(tmp_path: Path, capsy
     num_blurred = len(every) - len(sharp)
     assert f"{num_blurred} blurred" in capsys.readouterr().out
     assert json.loads((tmp_path / "out" / "index.json").read_text())["dropped"] == {"blurred": num_blurred}
-    assert "none of the" in refused(
+    assert "4 are blurred" in refused(
         capsys, tmp_path / "in", tmp_path / "none", *SMALL, "--min-tissue", 1, "--min-sharpness", 1e6
     ), "nothing left"
 
@@ -298,7 +299,7 @@ def test_a_table_knows_what_metadata_lacks(tmp_path: Path, capsys: pytest.Captur
         {"path": "in/a.tif", "mpp": "0.5", "label": "ill", "patient": "P1", "scanner": "x"},
         {"path": "in/b.tif", "mpp": "", "label": "well", "patient": "P1", "scanner": "y"},
     )
-    assert slides(table, tmp_path / "out", *SMALL) == 0
+    assert slides(table, tmp_path / "out", *SMALL, "--keep-columns", "scanner") == 0
     index, packed = Index.open(tmp_path / "out"), samples(tmp_path / "out")
     assert len(index.group_names) == 1 and index.label_names == ["ill", "well"]
     sizes = {
@@ -368,7 +369,7 @@ def test_a_damaged_block_costs_its_tiles_alone(tmp_path: Path, capsys: pytest.Ca
     path.write_bytes(bytes(data))
     assert slides(path, tmp_path / "out", "--tile", 128, "--mpp", 0.25, "--min-tissue", 0.1) == 1
     said = capsys.readouterr()
-    assert "level 0 cannot be read at" in said.err and "left out: 4 that cannot be read" in said.out
+    assert "level 0 cannot be read at" in said.err and "left out: 4 that cannot be" in said.out
     assert len(samples(tmp_path / "out")) > 4
 
 
@@ -459,7 +460,7 @@ def batches(folder: Path, workers: int = 0) -> list[Batch]:
             batch_size=8,
             first_step=0,
             last_step=4,
-            window_shards=2,
+            order=Order.of_shards(index.shard_counts, 1, 2),
             cache_shards=4,
         )
     )
@@ -474,12 +475,13 @@ def assert_equal(left: list[Batch], right: list[Batch]) -> None:
 
 def test_training_from_the_slides_equals_training_from_shards(raw: Path, tmp_path: Path) -> None:
     """Order, seeds, statistics and pixels; with checks that drop tiles, stains, and other workers."""
-    more = (*SMALL, "--samples-per-shard", 15, "--min-sharpness", 100, "--normalize-stain", "macenko")
+    more = (*SMALL, "--samples-per-shard", 15, "--min-sharpness", 1700, "--normalize-stain", "macenko")
     assert slides(raw, tmp_path / "shards", *more) == 0
     with_salt_of(tmp_path / "shards", tmp_path / "index")
     assert slides(raw, tmp_path / "index", *more, "--index-only") == 0
     packed, index = (Index.open(tmp_path / name) for name in ("shards", "index"))
     assert packed.shard_counts == index.shard_counts and packed.statistics == index.statistics
+    assert json.loads((tmp_path / "index" / "index.json").read_text())["dropped"]["blurred"] > 2
     sizes = [sum(path.stat().st_size for path in (tmp_path / name).glob("*.tar")) for name in ("shards", "index")]
     assert sizes[1] < sizes[0] / 3
     expected = batches(tmp_path / "shards")
@@ -539,3 +541,17 @@ def test_the_page_is_true(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     exec(page[page.index("```python") + 9 : page.rindex("```")], {})
     assert np.load("features.npy").shape == (len(Index.open(tmp_path / "shards")), 32)
     assert np.isfinite(np.load("features.npy")).all()
+
+
+def test_parts_of_an_array_and_splits_by_patient(raw: Path, tmp_path: Path) -> None:
+    """Each part begins at other slides; together they make what one run makes. Splits read their slides, too."""
+    more = (*SMALL, "--samples-per-shard", 9, "--split", "train=0.6", "val=0.4", "--index-only")
+    assert slides(raw, tmp_path / "whole", *more) == 0
+    with_salt_of(tmp_path / "whole", tmp_path / "out")
+    for part in range(3):
+        assert slides(raw, tmp_path / "out", *more, "--part", f"{part}/3") == 0
+    for split in ("train", "val"):
+        assert bytes_of(tmp_path / "out" / split) == bytes_of(tmp_path / "whole" / split)
+        assert {pixels.shape for _, pixels in samples(tmp_path / "out" / split)} == {(3, 64, 64)}
+    slides_of = [{about["slide"] for about, _ in samples(tmp_path / "out" / split)} for split in ("train", "val")]
+    assert not slides_of[0] & slides_of[1] and len(slides_of[0] | slides_of[1]) == 3

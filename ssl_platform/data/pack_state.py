@@ -54,7 +54,8 @@ def read_state(out: Path, settings: Mapping[str, Any], overwrite: bool = False) 
     """The shards that earlier runs of the same plan finished, by name; raises ValueError if something else is in `out`."""
     found = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set[str]()
     parts = sorted(path.name for path in out.glob("part-*-of-*.json"))
-    ours = {path.name for path in out.glob("shard-*.tar")} | {"pack.json", "index.json", "index.npy", "left_out.tsv", "slides.json"}
+    ours = {path.name for path in out.glob("shard-*.tar")}
+    ours |= {"pack.json", "index.json", "index.npy", "left_out.tsv", "slides.json"}
     if foreign := sorted(found - ours - {*parts}):
         raise ValueError(f"{out}: holds files that ssl-pack did not write ({foreign[0]}, ...): name an empty folder")
     if overwrite or not found:
@@ -98,7 +99,8 @@ def write_state(out: Path, part: Part, settings: Mapping[str, Any], shards: Mapp
 
 def clear(out: Path) -> None:
     """Deletes what earlier runs wrote; index.json first: without it nobody takes the rest for a data set."""
-    for pattern in ("index.json", "index.npy", "shard-*.tar", "part-*-of-*.json", "left_out.tsv", "slides.json", "pack.json"):
+    more = "index.npy", "shard-*.tar", "part-*-of-*.json", "left_out.tsv", "slides.json", "pack.json"
+    for pattern in ("index.json", *more):
         for path in sorted(out.glob(pattern)):
             path.unlink()
 
