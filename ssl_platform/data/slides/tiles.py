@@ -23,7 +23,7 @@ REPORT, PATHS = "slides.json", "slides.json"
 """In the folder of the shards, how tiles are read; in the look-up folder beside it, where the slides are."""
 
 
-class Unwanted(Exception):
+class Unwanted(ValueError):
     """A tile that is good, but not what was asked for; the text is the check that it fails."""
 
 
