@@ -67,9 +67,11 @@ def pack(
             _save(out, settings, finished)
         shards = [finished[name] for name in sorted(finished)]
         unreadable = [line for shard in shards for line in shard.unreadable]
+        dropped = dict(sum((Counter(shard.dropped) for shard in shards), Counter[str]()))
         if not any(shard.samples for shard in shards):
             reason = unreadable[0] if unreadable else f"none of the {len(items)} images has min_tissue {min_tissue}"
-            raise ValueError(f"nothing to pack: {reason}")
+            checks = ", ".join(f"{number} are {check}" for check, number in dropped.items())
+            raise ValueError(f"nothing to pack: {f'of {len(items)} tiles {checks}' if dropped else reason}")
         channels = sorted({int(channels) for shard in shards for channels in shard.pixels})
         if len(channels) > 1:
             logger.warning("the images have %s channels, so there is no mean and std", " and ".join(map(str, channels)))
@@ -79,7 +81,7 @@ def pack(
             statistics=statistics(shards),
             unreadable=len(unreadable),
             without_tissue=sum(shard.without_tissue for shard in shards),
-            dropped=dict(sum((Counter(shard.dropped) for shard in shards), Counter())),
+            dropped=dropped,
             packed=settings,
         )
         write_index(out, about, rows)
