@@ -405,6 +405,30 @@ def test_what_a_user_can_mend(
     assert reason in refused(capsys, *arguments)
 
 
+def test_no_slide_ends_the_run_and_no_size_takes_all_memory(raw: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, options = SlideRow(raw / "Müller Anna.tif", "a", key="a"), Options(tile=64, stride=64)
+    monkeypatch.setattr("ssl_platform.data.slides.tiling.MOST_MASK_PIXELS", 100)
+    assert "its mask would have 0 million pixels; raise --mask-mpp (now 8)" in plan_slide(row, options)[0].failed
+
+    def broken(*_: object) -> None:
+        raise RuntimeError("a library's own")
+
+    monkeypatch.setattr("ssl_platform.data.slides.tiling.read_mask", broken)
+    assert plan_slide(row, options)[0].failed == "RuntimeError: a library's own"
+
+
+def test_errors_that_reach_a_runs_log_do_not_name_the_slide(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "Meier.svs"
+    path.write_bytes(b"II*")
+
+    def failing(given: Path) -> None:
+        raise openslide.OpenSlideError(f"Can't read {given} or Meier.svs")
+
+    monkeypatch.setattr(openslide, "OpenSlide", failing)
+    with pytest.raises(ValueError, match="^cannot be opened as a slide: Can't read the slide or the slide$"):
+        reading.open_slide(path)
+
+
 @pytest.mark.parametrize("option", ["--mpp=0", "--mpp=x", "--saturation=40,10", "--closing=-1", "--min-tissue=2"])
 def test_options_are_checked(tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str) -> None:
     with pytest.raises(SystemExit):

@@ -27,6 +27,11 @@ def hsv(image: NDArray[np.uint8]) -> NDArray[np.float32]:
     return values
 
 
+def _strips(image: NDArray[np.uint8]) -> list[NDArray[np.uint8]]:
+    """Of some million values: the whole of a large slide as floats would take gigabytes."""
+    return np.array_split(image, -(-image.size // 4_000_000))
+
+
 def ink_mask(image: NDArray[np.uint8], saturation: float = INK_SATURATION, black: float = BLACK_VALUE) -> Mask:
     """(H, W): what is blue, green or black ink (or a black border) on an image of some microns a pixel.
 
@@ -34,10 +39,14 @@ def ink_mask(image: NDArray[np.uint8], saturation: float = INK_SATURATION, black
     thresholds are ours, set where H&E has no colours. Red ink has the hue of eosin and is not told apart. Specks of
     less than 3 x 3 pixels are no strokes; strokes grow by their pale rim.
     """
-    hue, strength, value = hsv(image)
-    is_coloured = (hue >= BLUE_GREEN[0] / 360) & (hue <= BLUE_GREEN[1] / 360) & (strength >= saturation)
-    is_black = (value < black) & (strength * value < BLACK_CHROMA)
-    padded = np.pad(is_coloured | is_black, 3, mode="edge")
+
+    def is_ink(strip: NDArray[np.uint8]) -> Mask:
+        hue, strength, value = hsv(strip)
+        is_coloured = (hue >= BLUE_GREEN[0] / 360) & (hue <= BLUE_GREEN[1] / 360) & (strength >= saturation)
+        found: Mask = is_coloured | ((value < black) & (strength * value < BLACK_CHROMA))
+        return found
+
+    padded = np.pad(np.concatenate([is_ink(strip) for strip in _strips(image)]), 3, mode="edge")
     strokes = ndimage.binary_opening(padded, np.ones((3, 3)))
     mask: Mask = ndimage.binary_dilation(strokes, np.ones((3, 3)), iterations=INK_RIM)[3:-3, 3:-3]
     return mask
@@ -52,7 +61,7 @@ def tissue_mask(
     has no tissue, however its noise splits, and a slide without glass is not split in two. Then a closing by a disk
     of `closing` pixels fills what is pale inside the tissue.
     """
-    strength = (hsv(image)[1] * 255).round().astype(np.uint8)
+    strength = np.concatenate([(hsv(strip)[1] * 255).round().astype(np.uint8) for strip in _strips(image)])
     threshold = float(np.clip(otsu(strength[~ink]), *saturation))
     mask: Mask = (strength > threshold) & ~ink
     if closing > 0:

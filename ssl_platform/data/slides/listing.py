@@ -2,6 +2,7 @@
 
 import csv
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -94,8 +95,7 @@ def table_slides(table: Path) -> list[SlideRow]:
                 regions=regions,
             )
         )
-    names = [row.name for row in rows]
-    if twice := [name for name in names if names.count(name) > 1]:
+    if twice := [name for name, times in Counter(row.name for row in rows).items() if times > 1]:
         raise ValueError(f"{table}: {twice[0]} is there twice; a slide has one row")
     return rows
 

@@ -150,7 +150,7 @@ def report(plans: Sequence[SlidePlan], options: Options, later: TileChecks) -> d
             "places": plan.places,
             "tiles": len(plan.corners),
             "dropped": plan.dropped,
-            "left_out": plan.left_out or plan.failed,
+            "left_out": plan.left_out or "cannot be used" * bool(plan.failed),  # reasons may hold names of files
             "notes": plan.notes,
         }
         tiles = _tiles(plan, options, later)._asdict()

@@ -79,7 +79,8 @@ def open_slide(path: Path) -> "OpenSlide":
     try:
         slide: OpenSlide = openslide.OpenSlide(path)
     except openslide.OpenSlideError as error:
-        why = "openslide knows no such format" if type(error) is openslide.OpenSlideUnsupportedFormatError else error
+        is_unknown = type(error) is openslide.OpenSlideUnsupportedFormatError
+        why = "openslide knows no such format" if is_unknown else _without_path(error, path)
         raise ValueError(f"cannot be opened as a slide: {why}") from error
     if not _block_cache:
         _block_cache.append(openslide.OpenSlideCache(CACHE_BYTES))
@@ -88,6 +89,11 @@ def open_slide(path: Path) -> "OpenSlide":
         _open.popitem(last=False)[1].close()
     _open[path] = slide
     return slide
+
+
+def _without_path(error: Exception, path: Path) -> str:
+    """Errors go into the logs of training runs, names of slides do not."""
+    return str(error).replace(str(path), "the slide").replace(path.name, "the slide")
 
 
 def _openslide() -> Any:
@@ -207,7 +213,8 @@ def _read(path: Path, slide: "OpenSlide", location: tuple[int, int], level: int,
         region = slide.read_region(location, level, size)
     except openslide.OpenSlideError as error:
         _open.pop(path, None)  # after an error a handle refuses everything
-        raise ValueError(f"level {level} cannot be read at x {location[0]}, y {location[1]}: {error}") from error
+        why = _without_path(error, path)
+        raise ValueError(f"level {level} cannot be read at x {location[0]}, y {location[1]}: {why}") from error
     if region.getchannel("A").getextrema()[0] == 255:
         return region.convert("RGB")
     white = Image.new("RGB", region.size, "white")

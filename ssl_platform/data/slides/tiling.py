@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_platform.data.order import generator
+from ssl_platform.data.reading import reason
 from ssl_platform.data.slides import checks, regions, stain
 from ssl_platform.data.slides.listing import SlideRow
 from ssl_platform.data.slides.reading import choose_level, content_bounds, microns_per_pixel, open_slide, read_area
@@ -18,6 +19,8 @@ from ssl_platform.data.slides.reading import choose_level, content_bounds, micro
 logger = logging.getLogger(__name__)
 
 CHECKS = ("too little tissue", "ink", "outside the included regions", "in excluded regions", "above the cap")
+MOST_MASK_PIXELS = 200_000_000
+"""A whole glass of 26 x 76 mm has 31 million at 8 microns; a small file can claim any size."""
 _MASK_BLOCK = 512
 """Pixels of the mask that are read at a time."""
 
@@ -98,9 +101,9 @@ def plan_slide(row: SlideRow, options: Options) -> tuple[SlidePlan, Mask | None]
     plan = SlidePlan(row.key)
     try:
         return plan, _plan(plan, row, options)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # whatever one slide makes a library raise must not end the run
         plan.corners, plan.labels = [], []
-        plan.failed = str(getattr(error, "strerror", None) or error)
+        plan.failed = reason(error)
         return plan, None
 
 
@@ -189,6 +192,11 @@ def read_mask(path: Path, mpp: tuple[float, float], options: Options) -> Mask:
     wanted = max(options.mask_mpp, *mpp)
     level = choose_level(slide.level_downsamples, mpp, wanted)
     columns, rows = (max(round(extent * own / wanted), 1) for extent, own in zip((width, height), mpp, strict=True))
+    if rows * columns > MOST_MASK_PIXELS:
+        raise ValueError(
+            f"{width} x {height} pixels of {mpp[0]:.3g} microns: its mask would have {rows * columns / 1e6:.0f} million "
+            f"pixels; raise --mask-mpp (now {options.mask_mpp:g}), or mend its microns with --override-mpp"
+        )
     scale = width / columns, height / rows
     image = np.empty((rows, columns, 3), np.uint8)
     for y in range(0, rows, _MASK_BLOCK):
