@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +23,7 @@ from ssl_platform.data.dicom import read_dicom
 from ssl_platform.data.media import Options
 from ssl_platform.data.media.image import load
 from ssl_platform.data.metadata import without_metadata
-from ssl_platform.data.sources import Item
+from ssl_platform.data.sources import Item, folder_items, manifest_items
 from ssl_platform.modalities._images import decode_image
 
 NAME = "Mustermann"
@@ -308,6 +309,31 @@ def test_dicom_that_is_refused(data: bytes, message: str) -> None:
     with pytest.raises(ValueError) as raised:
         read_dicom(data, refuse_burnt_in=True)
     assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_file_that_only_calls_itself_dicom(tmp_path: Path) -> None:
+    path = tmp_path / "a.dcm"
+    path.write_bytes(dicom(STORED)[132:])
+    with pytest.raises(ValueError, match="no DICOM file: the mark DICM is not at byte 128"):
+        load(Item(path, path.name), Options())
+
+
+def test_without_pydicom_one_is_told_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.dcm").write_bytes(dicom(STORED))
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    with pytest.raises(ValueError, match=r"a DICOM file needs pydicom: pip install 'ssl-platform\[dicom\]'"):
+        folder_items(tmp_path, labels=False)
+
+
+def test_the_group_of_a_dicom_file_is_its_patient(tmp_path: Path) -> None:
+    (tmp_path / "a.dcm").write_bytes(dicom(STORED, PatientID=" 17 "))
+    (tmp_path / "b.DCM").write_bytes(dicom(STORED, PatientID=""))
+    (tmp_path / "c.dcm").write_bytes(b"no DICOM")
+    (tmp_path / "IM0001").write_bytes(dicom(STORED, PatientID="18"))
+    assert [item.group for item in folder_items(tmp_path, labels=False)] == ["17", None, None]
+    table = tmp_path / "table.csv"
+    table.write_text("path,group\na.dcm,\nIM0001,\na.dcm,given\n")
+    assert [item.group for item in manifest_items(table, tiles=False)] == ["17", "18", "given"]
 
 
 def test_a_real_dicom_file() -> None:

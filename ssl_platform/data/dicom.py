@@ -1,6 +1,7 @@
 """DICOM files: the pixels of one image, and the few tags that say how it was made and nothing of whose it is."""
 
 import io
+import warnings
 from collections.abc import MutableSequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def read_dicom(data: bytes, refuse_burnt_in: bool) -> tuple[NDArray[Any], dict[s
             raise ValueError("its pixels show names (BurnedInAnnotation is YES)")
         return _pixels(file, pydicom), _tags(file)
     except Exception as error:  # damaged bytes make the decoders raise almost anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = " ".join(str(error).split())[:250] or type(error).__name__
         raise ValueError(f"cannot be decoded as DICOM: {reason}") from error
 
 
@@ -132,5 +133,6 @@ def _pydicom() -> Any:
         import pydicom.pixels
     except ModuleNotFoundError:
         raise Missing("a DICOM file needs pydicom: pip install 'ssl-platform[dicom]'") from None
-    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE  # else it warns with the values of tags
+    pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
+    warnings.filterwarnings("ignore", module="pydicom")  # of odd tags, with their values
     return pydicom

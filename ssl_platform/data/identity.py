@@ -12,7 +12,7 @@ import re
 import secrets
 import stat
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -45,8 +45,13 @@ class Names:
 
     def digest(self, what: str, *parts: object, size: int = 10) -> str:
         """`size` bytes in hex that tell nothing of `parts` to who has not the salt; 10 never meet by chance."""
-        text = json.dumps([what, *parts], ensure_ascii=True)
-        return hashlib.blake2b(text.encode(), digest_size=size, key=self.salt or b"").hexdigest()
+        found = self.hash(size)
+        found.update(json.dumps([what, *parts]).encode())
+        return found.hexdigest()
+
+    def hash(self, size: int) -> "hashlib.blake2b":
+        """A hash of `size` bytes to be updated piece by piece."""
+        return hashlib.blake2b(digest_size=size, key=self.salt or b"")
 
     @property
     def fingerprint(self) -> str:
@@ -118,13 +123,18 @@ def numbered(items: Sequence[Item], names: Names, keep_columns: Sequence[str]) -
             for i, (item, label) in enumerate(zip(items, labels, strict=True))
         ]
     _check_columns(items, keep_columns)
-    groups = {group: names.digest("group", str(group)) for group in {item.group for item in items} if group is not None}
+    groups = _hidden_groups(items, names)
     samples = []
     for key, item, label in zip(_hidden_keys(items, names), items, labels, strict=True):
         columns = tuple((name, text) for name, text in item.columns if name in keep_columns)
         group = None if item.group is None else groups[item.group]
         samples.append(Numbered(key, item._replace(group=group, columns=columns), label))
     return sorted(samples, key=lambda sample: sample.key)
+
+
+def _hidden_groups(items: Sequence[Item], names: Names) -> dict[int | str, str]:
+    given = {item.group for item in items if item.group is not None}
+    return {group: names.digest("group", str(group)) for group in given}
 
 
 def _hidden_keys(items: Sequence[Item], names: Names) -> Iterator[str]:
@@ -151,17 +161,23 @@ def _check_columns(items: Sequence[Item], keep_columns: Sequence[str]) -> None:
             raise ValueError(f"--keep-columns {name}: no such column; there are {', '.join(there) or 'none'}")
 
 
-def write_lookup(out: Path, items: Sequence[Item], names: Names, splits: dict[str, str]) -> Path:
-    """Writes `lookup.csv` (key, path, corner, group as hash and as name, split), readable by its owner alone."""
+def write_lookup(out: Path, items: Sequence[Item], names: Names, splits: Mapping[str, Sequence[Numbered]]) -> Path:
+    """Writes `lookup.csv` (key, path, corner, group as hash and as name, split), readable by its owner alone.
+
+    `splits` are the numbered items, by the name of their split.
+    """
     folder = lookup_folder(out)
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / "lookup.csv"
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["key", "path", "x", "y", "group", "group_name", "split"])
-    for key, item in sorted(zip(_hidden_keys(items, names), items, strict=True), key=lambda pair: pair[0]):
-        group = "" if item.group is None else names.digest("group", str(item.group))
-        table.writerow([key, item.name, *(item.corner or ("", "")), group, item.group, splits.get(key, "")])
+    group_names = {hidden: group for group, hidden in _hidden_groups(items, names).items()}
+    rows = sorted((sample.key, split, sample.item) for split, samples in splits.items() for sample in samples)
+    for key, split, item in rows:
+        table.writerow(
+            [key, item.name, *(item.corner or ("", "")), item.group, group_names.get(str(item.group)), split]
+        )
     contents = text.getvalue().encode(errors="surrogateescape")  # names of files need not be text
     if not path.exists() or path.read_bytes() != contents:
         with atomic_file(path) as file:

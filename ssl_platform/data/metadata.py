@@ -29,8 +29,8 @@ def without_metadata(data: bytes) -> tuple[bytes, str] | None:
             return _png(data), "png"
         if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
             return _webp(data), "webp"
-    except (ValueError, IndexError, struct.error):
-        pass
+    except Exception:  # damaged bytes make Pillow raise almost anything
+        return None
     return None
 
 

@@ -24,13 +24,17 @@ ssl-eval. Any WebDataset tool can read the tars. INPUT is
 
   a folder                all images in it and below it;
   a .csv or .tsv file     a table with a header: path (relative to the table), and optionally label, group (patient,
-                          slide, ...: what an evaluation must not split) and any other columns, kept with the sample;
+                          slide, ...: what an evaluation must not split) and others, of which --keep-columns are kept;
   an image, with --tile   a large image that is cut into tiles. With --tile and a table, each row is one tile, its upper
                           left pixel in the columns x and y.
 
-The same input, options and seed give the same bytes. A run that was cut off goes on when the same command is given
+The same input, options, seed and salt give the same bytes. A run that was cut off goes on when the same command is given
 again; shards whose inputs are newer are made anew. Images that cannot be decoded are named, left out, and make the exit
 status 1.
+
+Shards name nobody: keys and groups are salted hashes, files lose their metadata (pixels stay as they are), DICOM keeps
+numbers and codes alone. Only OUT.lookup, beside OUT, tells which key is which file: keep it where the files are. Labels and
+kept columns are stored as they are. docs/data.md says more.
 """
 
 EXAMPLES = """\
@@ -41,6 +45,10 @@ examples:
       the images that a table lists
   ssl-pack slide.tif shards --tile 224 --stride 224 --min-tissue 0.5 --labels-image classes.png
       the tiles of an image that are at least half tissue, labelled by a mask
+  ssl-pack dicoms shards --split train=0.8 val=0.1 test=0.1
+      shards/train, shards/val and shards/test, no patient in two of them
+  ssl-pack photos shards --part $SLURM_ARRAY_TASK_ID/64
+      in each job of `sbatch --array=0-63`; who finishes last writes the index
   ssl-pack --index tars
       only indexes tars that another tool made (ssl-train does it by itself where the folder is writable)
 """

@@ -1,5 +1,6 @@
 """Packs items into folders of tar shards with an index: makes what no earlier run has finished, then the index."""
 
+import math
 import multiprocessing
 import os
 import signal
@@ -73,6 +74,8 @@ def pack(
     divided = assign_splits(samples, splits, seed)
     if splits is not None:
         _check_split_folder(out, divided)
+        if all(item.group is None for item in items):
+            logger.warning("no sample has a group: whoever is in several images may be in several splits")
     plans = [
         make_plan(
             out / split,
@@ -90,8 +93,7 @@ def pack(
     to_do = [job for plan in plans for job in plan.unfinished(read_state(plan.folder, plan.settings, overwrite))]
     check_room(out, to_do, ignore_room)
     if not names.are_plain:
-        of_sample = {sample.key: split for split, held in divided.items() for sample in held}
-        write_lookup(out, items, names, of_sample)
+        write_lookup(out, items, names, divided)
     return [_pack_folder(plan, part, workers, overwrite) for plan in plans]
 
 
@@ -153,7 +155,7 @@ def _make(
 ) -> tuple[dict[str, Shard], dict[str, ShardScan]]:
     """Makes the shards of the jobs and keeps account of them, whatever ends this run."""
     shards, scans = dict(finished), dict[str, ShardScan]()
-    saved = time.monotonic()
+    saved = -math.inf
     with PackProgress(sum(len(job.samples) for job in jobs)) as progress:
         try:
             for job, made in parallel(make_shard, jobs, workers):

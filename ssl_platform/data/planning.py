@@ -24,6 +24,8 @@ _BLOCK = 512
 _MOST_SIZES = 10_000
 """So many files are looked at for the estimate of the whole."""
 _MOST_MEASURED = 32
+_STORED_AS_THEY_ARE = (".jpg", ".jpeg", ".png", ".webp", ".npy")
+"""Give or take their metadata; of others some are encoded, to see how large they become."""
 
 
 class Plan(NamedTuple):
@@ -64,13 +66,15 @@ def make_plan(
             firsts = {sample.item.path: place for place, sample in reversed(list(enumerate(held)))}
             held.sort(key=lambda sample: firsts[sample.item.path])
         jobs.append(Job(folder / shard_name(number), held, options, min_tissue, names, None))
-    described = [(sample.key, *sample.item[1:]) for sample in samples]  # all but the path: a data set may move
+    items = names.hash(16)
+    for sample in samples:
+        items.update(repr((sample.key, *sample.item[1:])).encode())  # all but the path: a data set may move
     whole = {
         **settings,
         **({"shard_megabytes": shard_megabytes} if shard_megabytes else {"samples_per_shard": samples_per_shard}),
         "seed": seed,
         "num_shards": len(jobs),
-        "items": names.digest("items", repr(described), size=16),
+        "items": items.hexdigest(),
         "names": names.fingerprint,
     }
     if shard_megabytes:  # where the shards are cut depends on the sizes of the files
@@ -112,30 +116,36 @@ def _in_tar(sizes: NDArray[np.float64], samples: Sequence[Numbered]) -> NDArray[
 def estimate(jobs: Sequence[Job]) -> float:
     """About the bytes of shards that are still to be made: of files by their sizes, of tiles by the first ones."""
     samples = [sample for job in jobs for sample in job.samples]
-    if not samples:
-        return 0.0
-    whole = [sample for sample in samples if sample.item.corner is None]
+    tiles = [sample for sample in samples if sample.item.corner is not None]
+    files = [sample for sample in samples if sample.item.corner is None]
     total = 0.0
-    if whole:
-        looked_at = whole[:: -(-len(whole) // _MOST_SIZES)]
-        total += float(stored_sizes(looked_at).mean()) * len(whole)
-    if num_tiles := len(samples) - len(whole):
-        total += _tile_size(samples, jobs[0].options) * num_tiles
+    if files:
+        total += float(stored_sizes(_some(files, _MOST_SIZES)).mean()) * len(files)
+    if encoded := [sample for sample in files if sample.item.path.suffix.lower() not in _STORED_AS_THEY_ARE]:
+        measured, sizes = _measured(_some(encoded, _MOST_MEASURED), jobs[0].options)
+        total += float(sizes.mean() - stored_sizes(measured).mean()) * len(encoded) if measured else 0.0
+    if tiles:  # of one image, which is decoded once
+        measured, sizes = _measured(
+            _some([tile for tile in tiles if tile.item.path == tiles[0].item.path], _MOST_MEASURED), jobs[0].options
+        )
+        total += float(sizes.mean()) * len(tiles) if measured else 0.0
     return total
 
 
-def _tile_size(samples: Sequence[Numbered], options: Options) -> float:
-    """The mean bytes in a tar of some tiles of one image."""
-    tiles = [sample for sample in samples if sample.item.corner is not None]
-    tiles = [sample for sample in tiles if sample.item.path == tiles[0].item.path]
+def _some(samples: Sequence[Numbered], most: int) -> Sequence[Numbered]:
+    return samples[:: -(-len(samples) // most)]
+
+
+def _measured(samples: Sequence[Numbered], options: Options) -> tuple[list[Numbered], NDArray[np.float64]]:
+    """Those of the samples that can be used, and the bytes that they take in a tar."""
     sizes, measured = [], []
-    for sample in tiles[:: -(-len(tiles) // _MOST_MEASURED)]:
+    for sample in samples:
         try:
             sizes.append(len(medium(sample.item.medium).load(sample.item, options).data))
             measured.append(sample)
         except (OSError, ValueError):  # it will be left out, with the reason
             continue
-    return float(_in_tar(np.array(sizes, dtype=np.float64), measured).mean()) if sizes else 0.0
+    return measured, _in_tar(np.array(sizes, dtype=np.float64), measured)
 
 
 def check_room(out: Path, jobs: Sequence[Job], ignore: bool) -> None:

@@ -1,6 +1,5 @@
 """Makes one shard of a pack: reads its inputs, checks that each decodes, and writes them as WebDataset members."""
 
-import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -103,7 +102,7 @@ def _is_current(job: Job, done: Shard) -> bool:
 
 def _inputs(job: Job) -> str:
     """Changes whenever a file does, an older copy put in its place included; missing files have no size."""
-    digest = hashlib.blake2b(digest_size=16, key=job.names.salt or b"")
+    digest = job.names.hash(16)
     for path in dict.fromkeys(sample.item.path for sample in job.samples):
         found = path.stat() if path.exists() else None
         digest.update(f"{found.st_size} {found.st_mtime_ns} ".encode() if found else b"- ")

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from ssl_platform.data.dicom import is_dicom, read_dicom
+from ssl_platform.data import dicom
 from ssl_platform.data.media import Content, Options
 from ssl_platform.data.metadata import without_metadata
 from ssl_platform.data.sources import Item, read_image
@@ -25,9 +25,11 @@ def load(item: Item, options: Options) -> Content:
         pixels = _tile(item, options.tile)
         return Content(*encode(pixels), pixels)
     data, extension = item.path.read_bytes(), item.path.suffix[1:].lower()
-    if is_dicom(data):
-        pixels, about = read_dicom(data, refuse_burnt_in=not options.keep_metadata)
+    if dicom.is_dicom(data):
+        pixels, about = dicom.read_dicom(data, refuse_burnt_in=not options.keep_metadata)
         return Content(*encode(pixels), pixels, about)
+    if extension in dicom.EXTENSIONS:
+        raise ValueError("no DICOM file: the mark DICM is not at byte 128")
     pixels = decode_image(data, extension).numpy()
     if options.keep_metadata:
         return Content(data, extension, pixels)
