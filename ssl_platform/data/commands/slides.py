@@ -174,7 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
     about, unreadable = pack(
         items,
         arguments.out,
-        {"input": arguments.input.name, "slides": options._asdict() | later._asdict()},
+        {"slides": options._asdict() | later._asdict()},
         samples_per_shard=arguments.samples_per_shard,
         seed=arguments.seed,
         tile=arguments.tile,
