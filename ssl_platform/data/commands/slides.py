@@ -174,7 +174,7 @@ def run(arguments: argparse.Namespace) -> int:
     about, unreadable = pack(
         items,
         arguments.out,
-        {"slides": options._asdict() | later._asdict()},
+        {f"slides.{name}": value for name, value in (options._asdict() | later._asdict()).items()},
         samples_per_shard=arguments.samples_per_shard,
         seed=arguments.seed,
         tile=arguments.tile,
