@@ -178,7 +178,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not items:
         reasons = [plan.failed or plan.left_out for plan in plans]
         raise ValueError(f"nothing to pack: none of the {len(rows)} slides has a tile; the first: {reasons[0]}")
-    asked = {"slides": options._asdict() | later._asdict()}
+    asked = {f"slides.{name}": value for name, value in (options._asdict() | later._asdict()).items()}
     packed = pack_as_asked(items, arguments.out, asked, arguments, tile=arguments.tile)
     for folder in (folder for folder, *_ in packed if (folder / "pack.json").exists()):  # else no part has begun it
         write_json(folder / tiles.REPORT, planning.report(plans, options, later))

@@ -136,7 +136,7 @@ def _tiles(plan: SlidePlan, options: Options, later: TileChecks) -> SlideTiles:
         pixels=options.tile,
         mpp=options.mpp,
         level=plan.level,
-        stain=None if plan.stain is None else tuple(tuple(p) if isinstance(p, list | tuple) else p for p in plan.stain),
+        stain=None if plan.stain is None else (plan.stain[0], tuple(plan.stain[1]), tuple(plan.stain[2])),
         **later._asdict(),
     )
 

@@ -42,7 +42,7 @@ class SlideTiles(NamedTuple):
     """Microns per pixel of the tile."""
     level: int
     """The level that is read."""
-    stain: tuple[Any, ...] | None = None
+    stain: tuple[str, tuple[float, ...], tuple[float, ...]] | None = None
     """A `stain.Transform` as a tuple."""
     min_stained: float = 0.0
     """Tiles of which less has the colours of stained tissue (`tissue_fraction`) are dropped."""

@@ -93,13 +93,10 @@ def _slides(folder: Path, _: tuple[int, ...]) -> dict[str, tuple[Path, SlideTile
     found = {}
     for key, about in json.loads((folder / REPORT).read_text(encoding="utf-8"))["slides"].items():
         read: dict[str, Any] = about["read"]
-        chosen = None if read["stain"] is None else _tuples(read["stain"])
+        found_stain = read["stain"]
+        chosen = None if found_stain is None else (found_stain[0], tuple(found_stain[1]), tuple(found_stain[2]))
         found[key] = (
             Path(paths[key]),
             SlideTiles(key, tuple(read["size"]), read["pixels"], read["mpp"], read["level"], chosen),
         )
     return found
-
-
-def _tuples(value: list[Any]) -> tuple[Any, ...]:
-    return tuple(tuple(part) if isinstance(part, list) else part for part in value)
