@@ -86,7 +86,7 @@ def pack_as_asked(
         tile=tile,
         min_tissue=min_tissue,
         splits=None if arguments.split is None else parse_splits(arguments.split),
-        names=_names(out, arguments),
+        names=names_as_asked(out, arguments),
         keep_columns=arguments.keep_columns,
         part=Part(*arguments.part) if arguments.part else Part(),
         workers=arguments.workers,
@@ -95,7 +95,8 @@ def pack_as_asked(
     )
 
 
-def _names(out: Path, arguments: argparse.Namespace) -> "Names | None":
+def names_as_asked(out: Path, arguments: argparse.Namespace) -> "Names | None":
+    """None: with a salt of the folder's own."""
     from ssl_platform.data.identity import PLAIN, is_open_to_others, salted
 
     salt_file: Path | None = arguments.salt_file

@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 _ALL = 1 << 40
 """More bytes of the lock file than there are shards; the byte there is the lock of the index."""
-_PATTERNS = ("index.json", "index.npy", "shard-*.tar", "part-*-of-*.json", "left_out.tsv", "pack.json")
+_PATTERNS = ("index.json", "index.npy", "shard-*.tar", "part-*-of-*.json", "left_out.tsv", "slides.json", "pack.json")
 """What ssl-pack writes into a folder."""
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 

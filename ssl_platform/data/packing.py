@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from pathlib import Path
@@ -183,10 +184,12 @@ def _finish(plan: Plan, shards: Mapping[str, Shard], scans: Mapping[str, ShardSc
     clear_parts(plan.folder)
     _write_left_out(plan.folder, left_out)
     without_tissue = sum(shard.without_tissue for shard in every)
+    dropped = dict(sum((Counter(shard.dropped) for shard in every), Counter[str]()))
     if not any(shard.samples for shard in every):
         raise ValueError(
             f"{plan.folder}: nothing to pack: of {sum(len(job.samples) for job in plan.jobs)} inputs {len(left_out)} cannot "
             f"be used (named above) and {without_tissue} have less than min_tissue {plan.settings['min_tissue']}"
+            + "".join(f", {number} are {check}" for check, number in dropped.items())
         )
     channels = sorted({int(channels) for shard in every for channels in shard.pixels})
     if len(channels) > 1:
@@ -198,6 +201,7 @@ def _finish(plan: Plan, shards: Mapping[str, Shard], scans: Mapping[str, ShardSc
         statistics=statistics(every),
         unreadable=len(left_out),
         without_tissue=without_tissue,
+        dropped=dropped,
         packed=plan.settings,
     )
     write_index(plan.folder, about, rows)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ssl_platform.data.index import Index
 from ssl_platform.data.remote import RemoteReader
+from ssl_platform.data.slides import tiles
 from ssl_platform.data.tars import Record, parse_record
 from ssl_platform.data.transfer import Cancelled, RemoteError
 from ssl_platform.location import Url
@@ -35,7 +36,10 @@ class ShardReader:
         data = os.pread(self._file(place.shard), place.stop - place.start, place.start)
         if len(data) != place.stop - place.start:
             raise ValueError(f"the shard ends at byte {place.start + len(data)}, inside this sample")
-        return parse_record(data)
+        record = parse_record(data)
+        return (
+            tiles.with_pixels(record, self.index.shards[place.shard]) if tiles.REFERENCE in record.members else record
+        )
 
     def shard_name(self, sample: int) -> str:
         return self.index.shards[self.index[sample].shard].name

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ssl_platform.data import dicom
+from ssl_platform.data.slides.reading import SlideTiles
 from ssl_platform.modalities._images import EXTENSIONS, decode_image
 
 _MANIFESTS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
@@ -35,6 +36,8 @@ class Item(NamedTuple):
     """The split that the user put it into."""
     medium: str = "image"
     """The file of `ssl_platform.data.media` that reads it."""
+    slide: SlideTiles | None = None
+    """How a tile is read where `path` is a whole slide; `corner` is then in pixels of its level 0."""
 
 
 def folder_items(folder: Path, labels: bool, groups: bool = False) -> list[Item]:

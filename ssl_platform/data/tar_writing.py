@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ssl_platform.data.identity import Names, Numbered
 from ssl_platform.data.media import Content, Options, medium, moments
+from ssl_platform.data.slides.tiles import Unwanted
 from ssl_platform.data.sources import Item
 from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard
 from ssl_platform.modalities.pathology import tissue_fraction
@@ -32,6 +33,8 @@ class Shard:
     left_out: list[list[str]] = field(default_factory=list)
     """The key of each input that was left out, and "unreadable" (the file) or "unusable" (what is in it)."""
     without_tissue: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    """How many tiles of slides each check left out."""
     inputs: str = ""
     """Sizes and times of the files that it was made from, as a salted digest."""
 
@@ -70,6 +73,9 @@ def make_shard(job: Job) -> Made:
             try:
                 content = _load(sample.item, job.options)
                 enough = job.min_tissue <= 0 or _tissue(content) >= job.min_tissue
+            except Unwanted as check:
+                shard.dropped[str(check)] = shard.dropped.get(str(check), 0) + 1
+                continue
             except (OSError, ValueError) as error:
                 shard.left_out.append([sample.key, "unreadable" if isinstance(error, OSError) else "unusable"])
                 reasons.append(f"{sample.item.name}: {getattr(error, 'strerror', None) or error}")

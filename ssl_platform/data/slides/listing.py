@@ -1,0 +1,182 @@
+"""Which slides there are: a folder of them or a table, with what is known of each."""
+
+import csv
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from ssl_platform.data.identity import Names
+from ssl_platform.data.slides.reading import EXTENSIONS, open_slide
+from ssl_platform.data.sources import is_manifest, manifest_items
+
+Given = TypeVar("Given", Path, str)
+
+GEOJSON_COLUMNS = ("include", "exclude", "labels")
+OURS = ("x", "y", "level", "mpp", "slide")
+"""Columns that every tile has; of these a table may have `mpp`, which is the slide's."""
+
+
+class SlideRow(NamedTuple):
+    """One slide to be cut into tiles."""
+
+    path: Path
+    name: str
+    """As the user wrote it, or relative to the folder."""
+    mpp: float | None = None
+    label: int | str | None = None
+    group: int | str | None = None
+    columns: tuple[tuple[str, str], ...] = ()
+    regions: tuple[tuple[str, Path], ...] = ()
+    """GeoJSON files: of `include`, `exclude` and `labels` those that there are."""
+    key: str = ""
+    """What stands for the slide where its name must not; see `keyed`."""
+
+
+def folder_slides(folder: Path) -> list[SlideRow]:
+    """Every slide below a folder, sorted by name; of the files of one DICOM slide only the first."""
+    found = [
+        Path(place, file)
+        for place, folders, files in os.walk(folder, followlinks=True)
+        for file in files
+        if _is_slide(file) and not folders.sort()  # a fixed order
+    ]
+    names = sorted(path.relative_to(folder).as_posix() for path in found)
+    kept, series = [], set[tuple[Path, str]]()
+    for name in names:
+        path = folder / name
+        if path.suffix.lower() == ".dcm":
+            number = (path.parent, _series(path))
+            if number in series:
+                continue
+            series |= {number} if number[1] else set()
+        kept.append(SlideRow(path, name))
+    if not kept:
+        raise ValueError(f"{folder}: no slide in this folder or below it (looked for {', '.join(EXTENSIONS)})")
+    return kept
+
+
+def _is_slide(file: str) -> bool:
+    return not file.startswith(".") and Path(file).suffix[1:].lower() in EXTENSIONS
+
+
+def _series(path: Path) -> str:
+    """The series of a DICOM file, "" if it is none: openslide finds the other files of a series by itself."""
+    try:
+        return str(open_slide(path).properties.get("dicom.SeriesInstanceUID", ""))
+    except ValueError:
+        return ""
+
+
+def table_slides(table: Path) -> list[SlideRow]:
+    """The rows of a CSV or TSV file: path, and if given mpp, label, group or patient, include, exclude, labels.
+
+    Raises ValueError that names the row.
+    """
+    rows = []
+    for item in manifest_items(table, tiles=False):
+        columns = dict(item.columns)
+        if taken := [name for name in columns if name in OURS and name != "mpp"]:
+            raise ValueError(f"{table}: column '{taken[0]}': every tile gets a column of this name; rename yours")
+        patient = columns.pop("patient", "").strip() or None
+        files = {name: columns.pop(name, "").strip() for name in GEOJSON_COLUMNS}
+        regions = tuple((name, table.parent / file) for name, file in files.items() if file)
+        if missing := [path for _, path in regions if not path.is_file()]:
+            raise ValueError(f"{table}: {item.name}: no such file: {missing[0]}")
+        rows.append(
+            SlideRow(
+                path=item.path,
+                name=item.name,
+                mpp=_mpp(table, item.name, columns.pop("mpp", "").strip()),
+                label=item.label,
+                group=patient if item.group is None else item.group,
+                columns=tuple(columns.items()),
+                regions=regions,
+            )
+        )
+    if twice := [name for name, times in Counter(row.name for row in rows).items() if times > 1]:
+        raise ValueError(f"{table}: {twice[0]} is there twice; a slide has one row")
+    return rows
+
+
+def _mpp(table: Path, name: str, text: str) -> float | None:
+    try:
+        mpp = float(text) if text else None
+    except ValueError:
+        mpp = -1.0
+    if mpp is not None and not 0 < mpp < 1000:
+        raise ValueError(f"{table}: {name}: mpp is '{text}', expected microns per pixel such as 0.25, or nothing")
+    return mpp
+
+
+def list_slides(source: Path) -> list[SlideRow]:
+    """The slides of a folder, a table, or a single slide; raises ValueError if that is neither."""
+    if not source.exists():
+        raise ValueError(f"{source}: no such file or folder")
+    if source.is_dir():
+        return folder_slides(source)
+    return table_slides(source) if is_manifest(source) else [SlideRow(source, source.name)]
+
+
+def keyed(rows: Sequence[SlideRow], names: Names) -> list[SlideRow]:
+    """The slides with their keys, which do not tell their names."""
+    return [row._replace(key=names.digest("slide", row.name)) for row in rows]
+
+
+def with_patients(rows: Sequence[SlideRow], patients: Path) -> list[SlideRow]:
+    """The slides with the groups of a CSV with the columns slide (name, or name without its ending) and patient."""
+    try:
+        with patients.open(encoding="utf-8-sig", newline="") as file:
+            table = list(csv.DictReader(file, delimiter="\t" if patients.suffix.lower() in (".tsv", ".tab") else ","))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(
+            f"{patients}: cannot be read as a table ({getattr(error, 'strerror', None) or error})"
+        ) from error
+    if not table or not {"slide", "patient"} <= table[0].keys():
+        raise ValueError(f"{patients}: expected a header with the columns slide and patient, and rows below it")
+    given: dict[str, str] = {}
+    for number, line in enumerate(table, start=2):
+        slide, patient = ((line[name] or "").strip() for name in ("slide", "patient"))
+        if not slide or not patient:
+            raise ValueError(f"{patients}: row {number}: slide or patient is empty")
+        if given.setdefault(slide, patient) != patient:
+            raise ValueError(f"{patients}: row {number}: {slide} has two patients")
+    found = [_named(row, given) for row in rows]
+    if missing := [row.name for row, patient in zip(rows, found, strict=True) if patient is None]:
+        raise ValueError(
+            f"{patients}: {len(missing)} of {len(rows)} slides have no patient in it, the first is {missing[0]}; "
+            "add them: a slide whose patient is unknown could fall on both sides of a split"
+        )
+    return [row._replace(group=patient) for row, patient in zip(rows, found, strict=True)]
+
+
+def with_regions(rows: Sequence[SlideRow], given: Mapping[str, Path | None]) -> list[SlideRow]:
+    """The slides with GeoJSON files: {"include": a file for the only slide, or a folder of NAME.geojson}."""
+    for kind, place in given.items():
+        if place is None:
+            continue
+        if not place.exists():
+            raise ValueError(f"{place}: no such file or folder")
+        if not place.is_dir() and len(rows) > 1:
+            raise ValueError(
+                f"{place}: one GeoJSON file for {len(rows)} slides; name a folder with a NAME.geojson for each slide, "
+                f"or give the table of slides a column {kind}"
+            )
+        files = {path.stem: path for path in sorted(place.glob("*.*json"))} if place.is_dir() else {}
+        found = [_named(row, files) if place.is_dir() else place for row in rows]
+        if not any(found):
+            raise ValueError(
+                f"{place}: no GeoJSON file in it has the name of a slide, such as {rows[0].path.stem}.geojson"
+            )
+        rows = [
+            row._replace(regions=(*row.regions, (kind, path))) if path else row
+            for row, path in zip(rows, found, strict=True)
+        ]
+    return list(rows)
+
+
+def _named(row: SlideRow, given: Mapping[str, Given]) -> Given | None:
+    """What is given for a slide by its name, its file name, or its file name without the ending."""
+    found = (given.get(name) for name in (row.name, row.path.name, row.path.stem))
+    return next((value for value in found if value is not None), None)

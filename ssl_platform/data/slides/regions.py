@@ -1,0 +1,97 @@
+"""Regions of a slide as QuPath exports them (GeoJSON), and how much of each tile lies in them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+UNNAMED = ""
+"""The class of a region that QuPath gave none."""
+
+
+def read_regions(path: Path, origin: tuple[float, float] = (0, 0)) -> dict[str, Any]:
+    """{class: shapely geometry} of the areas in a GeoJSON file, in pixels of level 0; `origin` is added to them.
+
+    A FeatureCollection, a bare list of features, or one feature; Polygon and MultiPolygon (with holes) are areas, of a
+    GeometryCollection its areas; points and lines are passed over. Raises ValueError that names the file.
+    """
+    shapely = _shapely()
+    try:
+        contents = json.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"{path}: cannot be read as GeoJSON ({reason})") from error
+    features = contents.get("features", [contents]) if isinstance(contents, dict) else contents
+    areas: dict[str, list[Any]] = {}
+    for number, feature in enumerate(features if isinstance(features, list) else [None]):
+        try:
+            shape = shapely.geometry.shape(feature["geometry"])
+            name = _class_name(feature.get("properties") or {})
+        except Exception as error:  # shapely raises whatever a wrong nesting makes NumPy raise
+            what = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{path}: feature {number} is not a GeoJSON feature with a geometry ({what})") from error
+        parts = [part for part in shapely.get_parts(shapely.make_valid(shape)) if part.geom_type == "Polygon"]
+        areas.setdefault(name, []).extend(parts)
+    found = {name: shapely.union_all(parts) for name, parts in areas.items() if parts}
+    if not found:
+        raise ValueError(f"{path}: no Polygon or MultiPolygon in it, so there is no region")
+    if tuple(origin) != (0, 0):
+        found = {name: shapely.affinity.translate(area, *origin) for name, area in found.items()}
+    return found
+
+
+def _class_name(properties: Mapping[str, Any]) -> str:
+    """QuPath's classification, an object with a name, or the name alone in older exports."""
+    classification = properties.get("classification")
+    name = classification.get("name") if isinstance(classification, dict) else classification
+    if name is None and isinstance(classification, dict) and isinstance(classification.get("names"), list):
+        name = ": ".join(map(str, classification["names"]))
+    return str(name) if name is not None else UNNAMED
+
+
+def union(areas: Mapping[str, Any]) -> Any:
+    """All that any class covers."""
+    return _shapely().union_all(list(areas.values()))
+
+
+def region_shares(area: Any, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(N,): the share of each box (N, 4) x0, y0, x1, y1 that lies in a geometry."""
+    shapely = _shapely()
+    tiles = shapely.box(*boxes.T)
+    found = np.zeros(len(tiles))
+    shapely.prepare(area)
+    inside = shapely.contains_properly(area, tiles)
+    found[inside] = 1.0
+    partly = np.flatnonzero(shapely.intersects(area, tiles) & ~inside)
+    found[partly] = shapely.area(shapely.intersection(area, tiles[partly])) / shapely.area(tiles[partly])
+    return np.clip(found, 0, 1)
+
+
+def labels(areas: Mapping[str, Any], boxes: NDArray[np.float64], min_share: float) -> Sequence[str | None]:
+    """For each box the class of which it holds the largest share, if that is at least `min_share`, else None.
+
+    Regions without a class, and QuPath's classes to be ignored (`Ignore*`), label nothing. Of equal shares, the first
+    class by name.
+    """
+    names = sorted(name for name in areas if name != UNNAMED and not name.endswith("*"))
+    if not names:
+        return [None] * len(boxes)
+    every = np.stack([region_shares(areas[name], boxes) for name in names])  # (classes, N)
+    best = every.argmax(0)
+    enough = every.max(0) >= max(min_share, 1e-9)
+    return [names[place] if share else None for place, share in zip(best.tolist(), enough.tolist(), strict=True)]
+
+
+def _shapely() -> Any:
+    try:
+        import shapely
+        import shapely.affinity
+        import shapely.geometry
+    except ImportError as error:
+        raise ValueError(
+            f"GeoJSON regions need shapely ({error}); install it with pip install 'ssl-platform[slides]'"
+        ) from error
+    return shapely
