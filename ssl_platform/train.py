@@ -19,9 +19,10 @@ from ssl_platform.data.reading import BadSampleError
 from ssl_platform.data.shards import train_batches
 from ssl_platform.log import Metrics, cut_back, logger, set_up_logging
 from ssl_platform.modalities import Modality
+from ssl_platform.monitors import Monitor
 from ssl_platform.progress import Clock, StopFlag
 from ssl_platform.recipe import Recipe, build_modality, doubtful, load_recipe, open_index
-from ssl_platform.run_folder import TrainingStopped, find, keep_count, report, resume, save
+from ssl_platform.run_folder import TrainingStopped, find, keep_count, report, resume, save, wandb_arguments
 from ssl_platform.stages import StageContext
 from ssl_platform.stages._plan import Stage, begin_stage, stage_plan
 from ssl_platform.step import Parts, build, train_step
@@ -94,8 +95,9 @@ def train(recipe: Recipe, device: torch.device) -> None:
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
         (recipe.run_dir / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
         cut_back(recipe.run_dir / "events.jsonl", step)
-    metrics = Metrics(recipe.run_dir, step, recipe.tensorboard)
+    metrics = Metrics(recipe.run_dir, step, recipe.tensorboard, wandb_arguments(recipe))
     stop = StopFlag()
+    monitor = Monitor(recipe, parts)
     logger.info(
         "%d samples in %d shards, batch %d, %.1f epochs, %.1f M trained parameters, peak lr %.2e, %d ranks on %s",
         len(index), index.num_shards, recipe.batch_size, recipe.steps * recipe.batch_size / len(index),
@@ -116,7 +118,7 @@ def train(recipe: Recipe, device: torch.device) -> None:
         )
         prepared = begin_stage(stage, context, resumed=step > stage.begin)
         with closing(stage_batches(stage, recipe, index, modality, step, prepared)) as batches:
-            step, stopping = run_stage(stage, recipe, parts, batches, step, metrics, index, stop)
+            step, stopping = run_stage(stage, recipe, parts, batches, step, metrics, index, stop, monitor)
         if stopping:
             name = stop.name or "a signal to another rank"
             logger.info("stopped by %s after step %d; the same command goes on from there", name, step)
@@ -157,18 +159,21 @@ def run_stage(
     metrics: Metrics,
     index: Index,
     stop: StopFlag,
+    monitor: Monitor,
 ) -> tuple[int, bool]:
     """Steps until the stage ends or a signal asks to stop, with a checkpoint at the end: (finished steps, stopping)."""
     active = stage.config.objectives or list(recipe.objectives)
     clock = Clock(recipe.batch_size)
     stopping = False
     while step < stage.end and not stopping:
-        result = train_step(parts, clock.waiting(batches), step, active, stop)
+        with monitor.watching(step, active):
+            result = train_step(parts, clock.waiting(batches), step, active, stop)
+        monitor.keep(result.skipped)
         step, stopping = step + 1, result.stopping  # agreed between ranks; the flag itself may differ
         clock.steps += 1
         keep_count(recipe, parts, result, step)
         if step % recipe.log_every == 0 or step == recipe.steps:
-            report(metrics, recipe, parts, result, clock, step)
+            report(metrics, recipe, parts, result, clock, step, monitor, active)
         if step % recipe.save_every == 0 or step == recipe.steps or stopping:
             save(recipe, parts, index, step)
     return step, stopping

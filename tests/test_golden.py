@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ssl_platform.monitors import OF_THE_MACHINE
 from ssl_platform.recipe import load_recipe
 from ssl_platform.train import train
 
@@ -20,7 +21,6 @@ ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs" / "smoke").glob("*.yaml"))
 GOLDEN = ROOT / "tests" / "data" / "golden"
 STEPS = 6
-OF_THE_MACHINE = ("samples_per_second", "data_wait_share")
 
 
 def losses(config: Path, run_dir: Path) -> list[dict[str, float]]:
