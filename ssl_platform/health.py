@@ -33,13 +33,14 @@ ONE_PROTOTYPE = 2.0
 FEWEST_PROTOTYPES = 8
 """With fewer than these, two may be what the data has."""
 LOW_RANK = 0.05
-"""Dimensional collapse: RankMe below this share of min(samples, width). Runs that learn were measured between .12 and .28."""
+"""Dimensional collapse: RankMe below this share of min(samples, width). Runs that learn were measured at .12 to .28."""
 FEWEST_SAMPLES = 64
 """Figures over fewer pooled samples are not judged: few samples have a low rank and few prototypes by their number."""
 STUCK_LINES = 20
-"""Stuck: over so many lines the loss has not fallen (less than two standard errors between their halves) ..."""
+"""Stuck: over so many lines the loss has not moved (less than two standard errors between their halves) ..."""
 STUCK_SHARE = 0.01
-"""... and is within this share of where it started, or above: a run that has converged lies below."""
+"""... and is within this share of where it started. A run that has converged lies below; above lies one whose teacher
+grew less sure, because a cross-entropy rises with the teacher's entropy while the student learns."""
 EXPLODED = 100.0
 """A gradient norm this many times the median of the lines before; ten times is common where a run leaves its plateau."""
 LARGE_NORM = 30.0
@@ -223,8 +224,8 @@ class Health:
         older, newer = losses[:half], losses[half:]
         error = math.sqrt((stdev(older) ** 2 + stdev(newer) ** 2) / half)
         start = median(self._first_losses)
-        still = fmean(older) - fmean(newer) < 2 * error or fmean(older) <= fmean(newer)
-        holds = still and fmean(newer) > start - STUCK_SHARE * abs(start)
+        still = abs(fmean(older) - fmean(newer)) <= 2 * error
+        holds = still and abs(fmean(newer) - start) <= STUCK_SHARE * abs(start)
         message = (
             f"the loss is where it started: {fmean(newer):.4f} on average over the latest {half} lines, "
             f"{fmean(older):.4f} over the {half} before, {start:.4f} in the first lines. Try another optim.lr "

@@ -80,7 +80,7 @@ class Metrics:
         if self.writer is not None:
             self.writer.close()
         if self.wandb is not None:
-            self.wandb.finish(quiet=True)
+            self.wandb.finish()
 
 
 def start_wandb(

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   ssl-train configs/smoke/pathology.yaml                     seconds on one core
   ssl-train my.yaml run_dir=runs/a steps=50000 optim.lr=1e-3 any key of the YAML can be set
   ssl-train my.yaml --estimate                               memory, samples and time, then stops
+  ssl-train my.yaml --show-views views.png                   a picture of what the networks will see, then stops
   torchrun --nproc-per-node 8 -m ssl_platform.train my.yaml  eight GPUs of one machine
 
 what comes out, in run_dir:
@@ -56,6 +57,12 @@ keys: docs/configuration.md""",
     parser.add_argument(
         "--estimate", action="store_true", help="measure a few steps, print memory, samples seen and time"
     )
+    parser.add_argument(
+        "--show-views",
+        type=Path,
+        metavar="FILE",
+        help="draw the views and masks of some samples of step 0 (.png, .jpg)",
+    )
     arguments = parser.parse_intermixed_args(argv)
     set_up_logging()
     try:
@@ -68,6 +75,9 @@ keys: docs/configuration.md""",
             text = estimate(recipe, device)
             sys.stdout.write(text if distributed.rank() == 0 else "")
             return 0
+        if arguments.show_views:
+            show_views(recipe, arguments.show_views)
+            return 0
         with run_lock.locked(recipe.run_dir):
             train(recipe, device)
     except (
@@ -78,6 +88,23 @@ keys: docs/configuration.md""",
     finally:
         distributed.stop()
     return 0
+
+
+def show_views(recipe: Recipe, path: Path) -> None:
+    """Draws samples of the first step, as this rank would see them, into the file `path`; writes nothing else."""
+    from ssl_platform.show_views import NUM_SAMPLES, check_path, contact_sheet, write_picture
+
+    if distributed.rank() > 0:
+        return
+    check_path(path)
+    index = open_index(recipe)
+    modality = build_modality(recipe, index.statistics)
+    one_by_one = recipe.batch_size // distributed.world_size()  # so that a large batch need not be read whole
+    recipe = recipe.model_copy(update={"accumulate": one_by_one, "data": recipe.data.model_copy(update={"workers": 0})})
+    with closing(stage_batches(stage_plan(recipe)[0], recipe, index, modality, 0, {})) as batches:
+        samples = [next(batches) for _ in range(min(NUM_SAMPLES, one_by_one))]
+    write_picture(contact_sheet(modality, samples), path)
+    logger.info("wrote %s: views and masks of the first %d samples of step 0", path, len(samples))
 
 
 # -- loop --------------------------------------------------------------------------------------------------------------
