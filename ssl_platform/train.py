@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 what comes out, in run_dir:
   config.yaml      the whole configuration, defaults included; a valid CONFIG
-  metrics.jsonl    one object every log_every steps: step, loss, each term, learning rate, gradient norms
+  metrics.jsonl    one object every log_every steps: losses, entropies, gradient norms, speed, signals of collapse
+  events.jsonl     skipped steps, bad samples, and warnings when the run looks unhealthy (docs/health.md)
   checkpoints/     step_XXXXXXXX folders: for ssl-eval, ssl-export, and to resume
 keys: docs/configuration.md""",
     )
