@@ -11,6 +11,7 @@ from torch import Tensor
 from ssl_platform import __version__, checkpoint, distributed
 from ssl_platform.config import to_yaml
 from ssl_platform.data.index import Index
+from ssl_platform.health import Notice
 from ssl_platform.log import Metrics, append_line, logger
 from ssl_platform.monitors import Monitor
 from ssl_platform.progress import Clock, duration
@@ -181,7 +182,7 @@ def report(
     line |= monitor.speed(active, line["samples_per_second"])
     if monitor.due(step):
         line |= monitor.signals()
-    notices = monitor.health.judge(metrics.write(step, line))
+    written = metrics.write(step, line)
     remaining = (recipe.steps - step) * recipe.batch_size / max(float(line["samples_per_second"]), 1e-9)
     logger.info(
         "step %d/%d  loss %.4f  %s  lr %.2e  %.1f samples/s  waiting for data %.0f %%%s  %s left",
@@ -189,10 +190,16 @@ def report(
         line["samples_per_second"], 100 * line["data_wait_share"],
         f"  mfu {100 * line['mfu']:.0f} %" if "mfu" in line else "", duration(remaining),
     )  # fmt: skip
-    for notice in notices if distributed.rank() == 0 else ():
+    if distributed.rank() == 0:
+        tell(recipe.run_dir, step, monitor.health.judge(written))
+
+
+def tell(run_dir: Path, step: int, notices: Sequence[Notice]) -> None:
+    """Says in the log and in `events.jsonl` what is new about the run's health."""
+    for notice in notices:
         logger.log(logging.INFO if notice.cleared else logging.WARNING, "step %d: %s", step, notice.message)
         event = {"step": step, "event": "cleared" if notice.cleared else "warning", "warning": notice.name}
-        append_line(recipe.run_dir / "events.jsonl", event | {"subject": notice.subject, "message": notice.message})
+        append_line(run_dir / "events.jsonl", event | {"subject": notice.subject, "message": notice.message})
 
 
 def followed_schedules(parts: Parts, active: Sequence[str], step: int) -> dict[str, float | int]:
