@@ -104,7 +104,7 @@ def matmul_rate(dtype: torch.dtype, device: torch.device, size: int | None = Non
             size = 256
     own = torch.Generator(device)  # the run's random numbers stay where they are
     left, right = (torch.randn(size, size, generator=own, device=device).to(dtype) for _ in range(2))
-    seconds = []
+    seconds: list[float] = []
     _synchronise(device)
     while len(seconds) < 4 or (sum(seconds) < 0.2 and len(seconds) < 20):  # others may be busy for a moment
         begun = time.perf_counter()

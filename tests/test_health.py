@@ -2,11 +2,12 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ssl_platform.health import IN_A_ROW, Facts, Health, Notice, Objective, facts_of
+from ssl_platform.health import IN_A_ROW, TITLES, Facts, Health, Notice, Objective, facts_of
 from tests import engine
 
 FACTS = Facts(
@@ -186,6 +187,11 @@ def test_reading_its_own_lines_again_gives_the_same_state() -> None:
         resumed = Health(FACTS)
         before = [notice for item in lines[:cut] for notice in resumed.judge(item)]
         assert before + [notice for item in lines[cut:] for notice in resumed.judge(item)] == whole
+
+
+def test_every_warning_is_explained() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "health.md").read_text()
+    assert {line[4:] for line in page.splitlines() if line.startswith("### ")} == TITLES.keys()
 
 
 def test_facts_of_a_configuration() -> None:
