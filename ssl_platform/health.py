@@ -6,9 +6,9 @@ docs/health.md explains each warning; its headings are the names here.
 
 import math
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
-from statistics import fmean, median, stdev
+from statistics import fmean, median
 from typing import Any, NamedTuple
 
 from ssl_platform.optim import Cosine
@@ -49,6 +49,8 @@ WAITING_SHARE, WAITING_SECONDS = 0.2, 60.0
 """Waiting for data more than a fifth of the time, over at least a minute: workers need a while to fill their queues."""
 SKIPPED_SHARE, SKIPPED_LINES = 0.01, 10
 """Of the steps of so many lines: one bad batch in a hundred is no longer one odd sample."""
+NORM_LINES, FEWEST_NORMS = 50, 10
+"""How many lines before the usual gradient norm is the median of, and how many it needs at least."""
 HISTORY = 200
 """Lines that are remembered."""
 
@@ -57,7 +59,8 @@ class Objective(NamedTuple):
     """What the texts need to know of one objective with prototypes."""
 
     num_prototypes: int
-    student_temp: float
+    student_temp: float | None
+    """None = it is a schedule."""
     targets: str
 
 
@@ -71,6 +74,7 @@ class Facts(NamedTuple):
     networks: tuple[str, ...]
     clip_grad: float | None
     workers: int
+    precision: str = "fp32"
 
 
 def facts_of(recipe: Recipe) -> Facts:
@@ -78,9 +82,9 @@ def facts_of(recipe: Recipe) -> Facts:
     objectives = {}
     for name, objective in recipe.objectives.items():
         head = recipe.heads.get(str(getattr(objective, "head", None)))
-        if (number := getattr(head, "num_prototypes", None)) and hasattr(objective, "student_temp"):
-            temp, targets = objective.student_temp, getattr(objective, "targets", "")
-            objectives[name] = Objective(number, temp, targets)
+        if number := getattr(head, "num_prototypes", None):
+            temp, targets = getattr(objective, "student_temp", None), getattr(objective, "targets", "")
+            objectives[name] = Objective(number, temp if isinstance(temp, float) else None, targets)
     warmup = recipe.optim.lr.warmup_steps if isinstance(recipe.optim.lr, Cosine) else 0
     return Facts(
         batch_size=recipe.batch_size,
@@ -89,6 +93,7 @@ def facts_of(recipe: Recipe) -> Facts:
         networks=tuple(recipe.networks),
         clip_grad=recipe.optim.clip_grad,
         workers=recipe.data.workers,
+        precision=recipe.precision,
     )
 
 
@@ -121,6 +126,9 @@ class Health:
         self._streaks: dict[tuple[str, str], int] = {}
         self._lines: deque[Line] = deque(maxlen=HISTORY)
         self._first_losses: list[float] = []
+        self._losses: deque[float] = deque(maxlen=STUCK_LINES)
+        self._waits: deque[tuple[float, float]] = deque()
+        """Seconds waited, and seconds in all, of the lines of the last minute."""
         self._known: dict[str, float] = {}
         """The latest value of every figure: the texts quote figures that are not in every line."""
         self._left_plateau: set[str] = set()
@@ -129,7 +137,10 @@ class Health:
         """What is new with this line of `metrics.jsonl`."""
         known = {name: value for name, value in line.items() if value is not None}
         self._known |= known
+        self._time(line)
         self._lines.append(line)
+        if "loss" in known:
+            self._losses.append(known["loss"])
         if len(self._first_losses) < IN_A_ROW and "loss" in known:
             self._first_losses.append(known["loss"])
         notices = []
@@ -147,6 +158,18 @@ class Health:
                 del self.raised[key]
                 notices.append(Notice(*key, f"over: {TITLES[rule.name]}{about}", cleared=True))
         return notices
+
+    def _time(self, line: Line) -> None:
+        """Keeps how long the latest lines took, and how much of it was waiting."""
+        if not self._lines:
+            return
+        samples = (line["step"] - self._lines[-1]["step"]) * self.facts.batch_size
+        seconds = samples / max(line.get("samples_per_second") or 0.0, 1e-9)
+        self._waits.append((seconds * (line.get("data_wait_share") or 0.0), seconds))
+        while (
+            len(self._waits) > HISTORY or sum(lasted for _, lasted in islice(self._waits, 1, None)) >= WAITING_SECONDS
+        ):
+            self._waits.popleft()
 
     # -- rules: each says nothing where a line has not what it judges -------------------------------------------------
 
@@ -175,14 +198,13 @@ class Health:
         if not settled:
             return
         history = "has gone back to" if name in self._left_plateau else "has not left"
-        temperature = known.get(f"{name}_teacher_temp")
-        sharper = f"a lower objectives.{name}.teacher_temp" + (
-            f" (now {temperature:.3g}; the student's is {objective.student_temp:.3g})" if temperature else ""
-        )
+        temperature, student = known.get(f"{name}_teacher_temp"), objective.student_temp
+        now = f" (now {temperature:.3g}{f'; the student has {student:.3g}' if student else ''})" if temperature else ""
         message = (
             f"the teacher's entropy {history} ln K: {entropy:.4f} of {highest:.4f} for {objective.num_prototypes} "
             f"prototypes, and the student agrees (KL {kl:.4f}){self._alike()}. Its targets say nothing, so nothing is "
-            f"learnt. Try {sharper}, a lower momentum of the teacher early on, a larger batch_size or fewer prototypes"
+            f"learnt. Try a lower objectives.{name}.teacher_temp{now}, a lower "
+            "momentum of the teacher early on, a larger batch_size or fewer prototypes"
         )
         yield Rule("uniform", name, message if holds else "")
 
@@ -192,15 +214,14 @@ class Health:
             return
         entropy = known.get(f"{name}_teacher_entropy", math.nan)
         spread = (
-            "targets: sinkhorn"
+            f"objectives.{name}.targets: sinkhorn or a center_momentum near .9"
             if objective.targets == "centering"
-            else "more sinkhorn_iterations or samples in a micro-batch"
+            else f"more objectives.{name}.sinkhorn_iterations, more samples in a micro-batch"
         )
         message = (
             f"the teacher gives all samples the same answer: its mean assignment is worth {perplexity:.2f} of "
             f"{objective.num_prototypes} prototypes, with an entropy of {entropy:.3f}{self._alike()}. The loss falls "
-            f"without anything being learnt. Try a higher objectives.{name}.teacher_temp, "
-            f"objectives.{name}.{spread}, a center_momentum near .9, a lower optim.lr"
+            f"without anything being learnt. Try a higher objectives.{name}.teacher_temp, {spread}, a lower optim.lr"
         )
         yield Rule("one-prototype", name, message if perplexity < ONE_PROTOTYPE else "")
 
@@ -217,15 +238,14 @@ class Health:
             yield Rule("dimensional", network, message if share < LOW_RANK else "")
 
     def _stuck(self, known: Line) -> Iterator[Rule]:
-        losses = [line["loss"] for line in self._lines if line.get("loss") is not None][-STUCK_LINES:]
-        if len(losses) < STUCK_LINES or self._lines[-1]["step"] == self._first_step():
+        if len(self._losses) < STUCK_LINES:
             return
-        half = STUCK_LINES // 2
-        older, newer = losses[:half], losses[half:]
-        error = math.sqrt((stdev(older) ** 2 + stdev(newer) ** 2) / half)
-        start = median(self._first_losses)
-        still = abs(fmean(older) - fmean(newer)) <= 2 * error
-        holds = still and abs(fmean(newer) - start) <= STUCK_SHARE * abs(start)
+        older, newer = (list(islice(self._losses, first, first + STUCK_LINES // 2)) for first in (0, STUCK_LINES // 2))
+        half, start = STUCK_LINES // 2, median(self._first_losses)
+        holds = abs(fmean(newer) - start) <= STUCK_SHARE * abs(start)
+        if holds:
+            error = math.sqrt((variance(older) + variance(newer)) / half)
+            holds = abs(fmean(older) - fmean(newer)) <= 2 * error
         message = (
             f"the loss is where it started: {fmean(newer):.4f} on average over the latest {half} lines, "
             f"{fmean(older):.4f} over the {half} before, {start:.4f} in the first lines. Try another optim.lr "
@@ -236,28 +256,24 @@ class Health:
 
     def _exploding(self, known: Line) -> Iterator[Rule]:
         for key in [key for key in known if key.startswith("grad_norm_")]:
-            before = [line[key] for line in list(self._lines)[-50:-1] if line.get(key) is not None]
-            if len(before) < 10:
+            if known[key] <= LARGE_NORM:
+                yield Rule("gradients", key.removeprefix("grad_norm_"), "")
+                continue
+            before = [line[key] for line in list(self._lines)[-NORM_LINES - 1 : -1] if line.get(key) is not None]
+            if len(before) < FEWEST_NORMS:
                 continue
             usual, clip = median(before), self.facts.clip_grad
             message = (
                 f"the gradient norm is {known[key]:.3g}, usual was {usual:.3g}"
                 f"{f'; clip_grad {clip:g} takes most of it away' if clip else ', and clip_grad is off'}. Try a lower "
                 f"optim.lr (now {known.get('lr', math.nan):.2e}), a longer warm-up"
-                f"{'' if clip else ', clip_grad: 3.0'}, precision: fp32, a higher teacher_temp"
+                f"{'' if clip else ', clip_grad: 3.0'}{self._exact()}, a higher teacher_temp"
             )
-            exploded = known[key] > max(EXPLODED * usual, LARGE_NORM)
+            exploded = known[key] > EXPLODED * usual
             yield Rule("gradients", key.removeprefix("grad_norm_"), message if exploded else "")
 
     def _starving(self) -> Iterator[Rule]:
-        waited = lasted = 0.0
-        lines = list(self._lines)
-        for line, before in zip(reversed(lines), islice(reversed(lines), 1, None), strict=False):
-            steps = line["step"] - before["step"]
-            seconds = steps * self.facts.batch_size / max(line.get("samples_per_second") or 0.0, 1e-9)
-            waited, lasted = waited + seconds * (line.get("data_wait_share") or 0.0), lasted + seconds
-            if lasted >= WAITING_SECONDS:
-                break
+        waited, lasted = (sum(numbers) for numbers in zip(*self._waits, strict=True)) if self._waits else (0.0, 0.0)
         if lasted < WAITING_SECONDS:
             return
         share, workers = waited / lasted, self.facts.workers
@@ -276,12 +292,12 @@ class Health:
         steps = lines[-1]["step"] - lines[0]["step"]
         message = (
             f"{skipped} of the latest {steps} steps had a loss or gradients that were not finite, and were skipped; "
-            "events.jsonl names their samples. Try a lower optim.lr, a longer warm-up, precision: fp32"
+            f"events.jsonl names their samples. Try a lower optim.lr, a longer warm-up{self._exact()}"
         )
         yield Rule("skipped", "", message if skipped >= 2 and skipped > SKIPPED_SHARE * steps else "")
 
-    def _first_step(self) -> int:
-        return int(self._lines[0]["step"])
+    def _exact(self) -> str:
+        return "" if self.facts.precision == "fp32" else ", precision: fp32"
 
     def _alike(self, network: str = "") -> str:
         """How alike class tokens are, as a clause, where it is known."""
@@ -289,6 +305,12 @@ class Health:
             if (cosine := self._known.get(f"{name}_cosine")) is not None:
                 return f"; class tokens of different samples have a mean cosine of {cosine:.3f} ({name})"
         return ""
+
+
+def variance(numbers: Sequence[float]) -> float:
+    """Of a sample; statistics.variance is exact and a hundred times slower, which a resumed run would feel."""
+    mean = fmean(numbers)
+    return sum((number - mean) ** 2 for number in numbers) / (len(numbers) - 1)
 
 
 COLLAPSES = ("uniform", "one-prototype")

@@ -52,8 +52,9 @@ class Monitor:
         self._new_tokens: list[tuple[str, Tensor]] = []
         self._new_masses: list[tuple[str, Tensor, int]] = []
         self.health = Health(facts_of(recipe))
-        for line in read_lines(recipe.run_dir / "metrics.jsonl"):  # a resumed run knows what it has said
-            self.health.judge(line)
+        if distributed.rank() == 0:  # a resumed run knows what it has said
+            for line in read_lines(recipe.run_dir / "metrics.jsonl"):
+                self.health.judge(line)
         if flops.countable(parts.student_teacher):
             dtype = torch.bfloat16 if recipe.precision == "bf16" else torch.float32
             self.peak = flops.matmul_rate(dtype, parts.device)
@@ -85,6 +86,8 @@ class Monitor:
         if not skipped:
             for network, tokens in self._new_tokens:
                 pool = self._tokens[network]
+                if pool and pool[0].shape[1] != tokens.shape[1]:  # a sub-network of another width
+                    pool.clear()
                 pool.append(tokens)
                 while sum(map(len, pool)) - len(pool[0]) >= POOL / distributed.world_size():
                     pool.popleft()
@@ -139,7 +142,8 @@ class Monitor:
 
     def _targets_hook(self, objective: str) -> Any:
         def take(_: object, arguments: object, targets: Tensor) -> None:
-            self._new_masses.append((objective, targets.detach().sum(0, dtype=torch.float32), len(targets)))
+            rows = targets.detach().flatten(0, -2)  # (rows, K)
+            self._new_masses.append((objective, rows.sum(0, dtype=torch.float32), len(rows)))
 
         return take
 

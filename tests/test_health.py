@@ -64,8 +64,8 @@ def test_uniform() -> None:
     assert raised.message == (
         "collapse to uniform (dino): the teacher's entropy has gone back to ln K: 8.3150 of 8.3178 for 4096 prototypes, "
         "and the student agrees (KL 0.0010); class tokens of different samples have a mean cosine of 0.998 (teacher). "
-        "Its targets say nothing, so nothing is learnt. Try a lower objectives.dino.teacher_temp (now 0.05; the student's "
-        "is 0.1), a lower momentum of the teacher early on, a larger batch_size or fewer prototypes "
+        "Its targets say nothing, so nothing is learnt. Try a lower objectives.dino.teacher_temp (now 0.05; the student "
+        "has 0.1), a lower momentum of the teacher early on, a larger batch_size or fewer prototypes "
         "(docs/health.md#uniform)"
     )
     assert (raised.name, raised.subject, raised.cleared) == ("uniform", "dino", False)
@@ -93,7 +93,11 @@ def test_one_prototype() -> None:
     assert spoilt(300, 400, dino_prototype_perplexity=1.02, pooled_samples=16) == [], "too few samples to tell"
     sinkhorn = FACTS._replace(objectives={"dino": Objective(4096, 0.1, "sinkhorn")})
     [raised] = judge([line(step, dino_prototype_perplexity=1.02) for step in range(10, 300, 10)], sinkhorn)
-    assert "sinkhorn_iterations" in raised.message and "targets: sinkhorn" not in raised.message
+    assert (
+        "sinkhorn_iterations" in raised.message
+        and "targets: sinkhorn" not in raised.message
+        and "center" not in raised.message
+    )
 
 
 def test_dimensional() -> None:
@@ -148,6 +152,8 @@ def test_skipped() -> None:
     lines = [line(step, skipped_steps=max(step - 300, 0) // 10) for step in range(10, 400, 10)]
     [raised] = judge(lines)
     assert raised.name == "skipped" and "were not finite" in raised.message
+    assert "precision" not in raised.message, "it is fp32"
+    assert "precision: fp32" in judge(lines, FACTS._replace(precision="bf16"))[0].message
     once = [line(step, skipped_steps=int(step > 300)) for step in range(10, 600, 10)]
     assert judge(once) == []
 
