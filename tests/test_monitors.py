@@ -272,6 +272,9 @@ def test_collapse_to_uniform_is_told(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert {event["warning"] for event in warnings} == {"uniform"}, "one warning for one cause"
     assert len({event["subject"] for event in warnings}) == len(warnings), "each once"
     assert f"WARNING step {first['step']}: {first['message']}" in capsys.readouterr().err
+    _, resumed = run(tmp_path, "pathology.yaml", *PROVOKED, *soft, "steps=150")
+    assert resumed[: len(warnings)] == warnings, "a resumed run does not repeat what it has said"
+    assert [event["subject"] for event in resumed].count("dino") == 1
 
 
 def test_collapse_to_one_prototype_is_told(tmp_path: Path) -> None:
