@@ -17,8 +17,9 @@ from statistics import median
 import torch
 
 from ssl_platform.config import validate
-from ssl_platform.estimate import peak_memory, random_batch
-from ssl_platform.flops import step_flops
+from ssl_platform.estimate import random_batch
+from ssl_platform.flops import Counted, matmul_rate
+from ssl_platform.progress import peak_memory
 from ssl_platform.recipe import Recipe
 from ssl_platform.step import build, train_step
 
@@ -50,19 +51,6 @@ def recipe(precision: str, prototypes: int, batch_size: int) -> Recipe:
     return validate(Recipe, data)
 
 
-def matmul_rate(dtype: torch.dtype, device: torch.device, size: int) -> float:
-    """FLOP/s of one (size x size) product, the best of three."""
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(3):
-        synchronise(device)
-        begun = time.perf_counter()
-        left @ right
-        synchronise(device)
-        seconds.append(time.perf_counter() - begun)
-    return 2 * size**3 / min(seconds)
-
-
 def synchronise(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
@@ -76,10 +64,11 @@ def measure(precision: str, prototypes: int, batch_size: int, repeats: int, devi
     masks = {name: config.build() for name, config in settings.masks.items()}
     batch = random_batch(settings.modality.build(None), masks, batch_size).to(device)
     active = list(settings.objectives)
-    flops = step_flops(parts.student_teacher, batch, student=("global", "local"), teacher=("global",), masks="block")
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 4096 if device.type == "cuda" else 2048
-    train_step(parts, iter([batch]), 0, active)
+    with Counted(parts.student_teacher) as counted:
+        train_step(parts, iter([batch]), 0, active)
+    flops = counted.total
     ratios, times, peaks = [], [], [matmul_rate(dtype, device, size)]
     for step in range(1, repeats + 1):
         synchronise(device)

@@ -1,6 +1,5 @@
 """`ssl-train CONFIG --estimate`: what a run will take, measured by its first steps on random views."""
 
-import resource
 import time
 
 import torch
@@ -9,7 +8,7 @@ from ssl_platform import distributed
 from ssl_platform.data.mixture import summary
 from ssl_platform.masks import Masks
 from ssl_platform.modalities import Modality
-from ssl_platform.progress import duration
+from ssl_platform.progress import duration, peak_memory
 from ssl_platform.recipe import Recipe, build_modality, open_index, open_order
 from ssl_platform.stages._plan import stage_plan
 from ssl_platform.step import build, train_step
@@ -65,10 +64,3 @@ def random_batch(modality: Modality, masks: dict[str, Masks], size: int) -> Batc
         first_source += spec.num_views
     ids = torch.arange(size)
     return Batch(groups, [str(i) for i in range(size)], ids, ids, 0)
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: what torch allocated on a GPU, or the most this process held."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

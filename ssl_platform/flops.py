@@ -1,19 +1,20 @@
-"""Model FLOPs by formula: the matrix products of a step, two operations per multiply-add.
+"""Model FLOPs by formula: the matrix products of what passes through the networks, two operations per multiply-add.
 
 Counts what the mathematics needs: rows that drop path leaves out do not count, nor does what a kernel recomputes.
 tests/test_flops.py holds it against torch's own counter.
 """
 
-from collections.abc import Sequence
+import time
+from typing import Any
 
 import torch
 from torch import nn
 
+from ssl_platform.backbones import Features, Input
 from ssl_platform.backbones._blocks import Block
 from ssl_platform.backbones.vit import VisionTransformer
 from ssl_platform.heads.projection import ProjectionHead
 from ssl_platform.student_teacher import StudentTeacher
-from ssl_platform.views import Batch
 
 
 def linear(rows: int, fan_in: int, fan_out: int, *, trained: bool, input_gradient: bool = True) -> int:
@@ -21,12 +22,15 @@ def linear(rows: int, fan_in: int, fan_out: int, *, trained: bool, input_gradien
     return 2 * rows * fan_in * fan_out * (1 + trained * (1 + input_gradient))
 
 
-def vit_flops(vit: VisionTransformer, rows: int, num_patches: int, *, trained: bool) -> int:
-    """`rows` views of `num_patches` patches through the backbone; drop path's share of the rows counts when trained."""
-    length, dim = 1 + vit.num_registers + num_patches, vit.embed_dim
+def vit_flops(vit: VisionTransformer, item: Input, features: Features, *, trained: bool) -> int:
+    """One input through the backbone; drop path's share of the rows counts when trained. Reads shapes only."""
+    length, dim = 1 + vit.num_registers + features.patches.shape[-2], vit.embed_dim
+    num_views = item.views.shape[0] * item.views.shape[1]
+    num_patches = features.patches.shape[-2] if item.masks is None else item.masks.shape[-1]
+    rows = num_views * (1 if item.masks is None else item.masks.shape[1])
     weight = vit.patch_embed.proj.weight  # type: ignore[union-attr]
     assert isinstance(weight, torch.Tensor)
-    total = linear(rows * num_patches, weight[0].numel(), dim, trained=trained, input_gradient=False)
+    total = linear(num_views * num_patches, weight[0].numel(), dim, trained=trained, input_gradient=False)
     for block, rate in zip(vit.blocks, vit.drop_path, strict=True):
         assert isinstance(block, Block)
         kept = max(int(rows * (1 - rate)), 1) if trained and rate else rows
@@ -44,31 +48,72 @@ def head_flops(head: ProjectionHead, rows: int, *, trained: bool) -> int:
     return total + linear(rows, layers[-1].out_features, head.num_prototypes, trained=trained)
 
 
-def step_flops(
-    model: StudentTeacher, batch: Batch, *, student: Sequence[str], teacher: Sequence[str], masks: str
-) -> int:
-    """One DINO + iBOT micro-batch: `student` and `teacher` are the groups that each sees, `masks` iBOT's masks."""
-    networks, groups = model.networks, batch.groups
-    total = 0
-    for name, seen, trained in (("student", student, True), ("teacher", teacher, False)):
-        network = networks[name]
-        assert isinstance(network, VisionTransformer)
-        for group in seen:
-            views = groups[group].views
-            patch = network.patch_embed.patch_size
-            num_patches = 1
-            for size, length in zip(views.shape[3:], patch, strict=True):  # type: ignore[arg-type]
-                num_patches *= size // length
-            total += vit_flops(network, views.shape[0] * views.shape[1], num_patches, trained=trained)
-    masked = int(groups[teacher[0]].masks[masks].sum())
-    for objective, rows in (("dino", {"student": student, "teacher": teacher}), ("ibot", None)):
-        copies = model.heads[str(model.objective(objective).head)]
-        assert isinstance(copies, nn.ModuleDict)
-        for name, trained in (("student", True), ("teacher", False)):
-            head = copies[name]
-            assert isinstance(head, ProjectionHead)
-            count = (
-                masked if rows is None else sum(groups[g].views.shape[0] * groups[g].views.shape[1] for g in rows[name])
-            )
-            total += head_flops(head, count, trained=trained)
-    return total
+def countable(model: StudentTeacher) -> bool:
+    """Whether the formulas cover the model: vision transformers, projection heads, objectives without weights."""
+    networks, heads = model.networks.values(), [head for copies in model.heads.values() for head in copies.children()]
+    return (
+        all(isinstance(net, VisionTransformer) and hasattr(net.patch_embed, "proj") for net in networks)
+        and all(isinstance(head, ProjectionHead) for head in heads)
+        and not any(True for _ in model.objectives.parameters())
+    )
+
+
+class Counted:
+    """A context in which `total` grows by the model FLOPs, forward and backward, of all forward passes of `model`."""
+
+    def __init__(self, model: StudentTeacher) -> None:
+        """The model must be `countable`."""
+        self.model, self.total = model, 0
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> "Counted":
+        for name, network in self.model.networks.items():
+            trained = self.model.roles[name].update == "grad"
+            self._hooks.append(network.register_forward_hook(self._network_hook(trained)))
+            for copies in self.model.heads.values():
+                if name in copies:  # type: ignore[operator]
+                    self._hooks.append(copies[name].register_forward_hook(self._head_hook(trained)))  # type: ignore[index]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _network_hook(self, trained: bool) -> Any:
+        def count(network: VisionTransformer, arguments: tuple[list[Input]], outputs: list[Features]) -> None:
+            for item, features in zip(arguments[0], outputs, strict=True):
+                self.total += vit_flops(network, item, features, trained=trained)
+
+        return count
+
+    def _head_hook(self, trained: bool) -> Any:
+        def count(head: ProjectionHead, arguments: tuple[torch.Tensor], logits: torch.Tensor) -> None:
+            self.total += head_flops(head, logits.shape[:-1].numel(), trained=trained)
+
+        return count
+
+
+def matmul_rate(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:
+    """FLOP/s of one (size x size) product, the best of .2 seconds: what mfu calls the peak.
+
+    None: 4096 on CUDA, 1024 on the CPU, or 256 where 1024 would take seconds (a processor that emulates bf16).
+    """
+    if size is None:
+        size = 4096 if device.type == "cuda" else 1024
+        if device.type != "cuda" and matmul_rate(dtype, device, 256) < 5e9:
+            size = 256
+    own = torch.Generator(device)  # the run's random numbers stay where they are
+    left, right = (torch.randn(size, size, generator=own, device=device).to(dtype) for _ in range(2))
+    seconds: list[float] = []
+    _synchronise(device)
+    while len(seconds) < 4 or (sum(seconds) < 0.2 and len(seconds) < 20):  # others may be busy for a moment
+        begun = time.perf_counter()
+        left @ right
+        _synchronise(device)
+        seconds.append(time.perf_counter() - begun)
+    return 2 * size**3 / min(seconds)
+
+
+def _synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,14 +1,18 @@
-"""What a run says: the logger, `metrics.jsonl`, TensorBoard, and events such as skipped steps."""
+"""What a run says: the logger, `metrics.jsonl`, TensorBoard, Weights & Biases, and events such as skipped steps."""
 
+import importlib.util
 import json
 import logging
 import math
 import os
 import sys
+import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ssl_platform import distributed
+from ssl_platform.config import ConfigError
 
 logger = logging.getLogger("ssl_platform")
 
@@ -30,11 +34,22 @@ def set_up_logging() -> None:
 
 
 class Metrics:
-    """Writes one JSON object per line to `metrics.jsonl`, and the same numbers to TensorBoard; does nothing off rank 0."""
+    """Writes one JSON object per line to `metrics.jsonl`, the same numbers to TensorBoard and, if asked, to Weights &
+    Biases; does nothing off rank 0."""
 
-    def __init__(self, run_dir: Path, first_step: int, tensorboard: bool = True) -> None:
-        """Lines of `first_step` steps or fewer stay; later ones are of a run that was cut off, and go."""
+    def __init__(
+        self, run_dir: Path, first_step: int, tensorboard: bool = True, wandb: Mapping[str, Any] | None = None
+    ) -> None:
+        """Lines of `first_step` steps or fewer stay; later ones are of a run that was cut off, and go.
+
+        `wandb` holds the arguments of `start_wandb`; raises ConfigError if it cannot be started.
+        """
         self.writer: Any = None
+        self.wandb: Any = None
+        if wandb is not None and importlib.util.find_spec("wandb") is None:
+            raise ConfigError(
+                ["wandb: the package is not installed; pip install 'ssl-platform[wandb]', or leave the section out"]
+            )
         self.path = run_dir / "metrics.jsonl"
         self.active = distributed.rank() == 0
         if not self.active:
@@ -44,20 +59,74 @@ class Metrics:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step + 1)
+        if wandb is not None:
+            self.wandb = start_wandb(run_dir, **wandb)
 
-    def write(self, step: int, values: dict[str, float | int]) -> None:
-        """One line; `step` counts finished optimiser steps."""
-        if not self.active:
-            return
+    def write(self, step: int, values: dict[str, float | int]) -> dict[str, float | int | None]:
+        """One line, which is returned; `step` counts finished optimiser steps."""
         known = {name: value if math.isfinite(value) else None for name, value in values.items()}  # JSON has no nan
-        append_line(self.path, {"step": step, **known})
+        line = {"step": step, **known}
+        if not self.active:
+            return line
+        append_line(self.path, line)
         for name, value in values.items():
             if self.writer is not None:
                 self.writer.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(line)
+        return line
 
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def start_wandb(
+    run_dir: Path, *, project: str, mode: str, entity: str | None, name: str | None, config: Mapping[str, Any]
+) -> Any:
+    """A run of Weights & Biases, the same one after a resume: its id is kept in `run_dir/wandb_id`.
+
+    It is given the figures of `write` and `config`, and told to gather nothing by itself: no code, git remote, command
+    line, host, console output or list of packages. Raises ConfigError if it cannot be started.
+    """
+    import wandb
+
+    kept = run_dir / "wandb_id"
+    if not kept.exists():
+        kept.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    settings = wandb.Settings(
+        console="off",
+        disable_code=True,
+        disable_git=True,
+        host="hidden",
+        program="ssl-train",
+        program_abspath="",
+        program_relpath="",
+        save_code=False,
+        silent=True,
+        x_disable_machine_info=True,
+        x_disable_meta=True,
+        x_disable_stats=True,
+        x_save_requirements=False,
+    )
+    try:
+        run = wandb.init(
+            id=kept.read_text(encoding="utf-8").strip(),
+            resume="allow",
+            project=project,
+            entity=entity,
+            name=name,
+            mode=mode,  # type: ignore[arg-type]
+            dir=str(run_dir),
+            config=dict(config),
+            settings=settings,
+        )
+    except Exception as error:  # no account, no network, a name it does not take: wandb raises many kinds
+        raise ConfigError([f"wandb: cannot start ({error}); wandb.mode=offline keeps the run in run_dir"]) from error
+    run.define_metric("*", step_metric="step")  # a resumed run may log a step again, which wandb's own count forbids
+    return run
 
 
 def append_line(path: Path, item: dict[str, Any]) -> None:

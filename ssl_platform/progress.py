@@ -1,10 +1,13 @@
-"""How fast a run is, how long it will take, and the signal that asks it to stop."""
+"""How fast a run is, how long it will take, what memory it took, and the signal that asks it to stop."""
 
+import resource
 import signal
 import time
 from collections.abc import Iterator
 from types import FrameType
 from typing import TypeVar
+
+import torch
 
 Item = TypeVar("Item")
 
@@ -73,3 +76,10 @@ def duration(seconds: float) -> str:
     if seconds < 5400:
         return f"{seconds / 60:.0f} min"
     return f"{seconds / 3600:.1f} h" if seconds < 2 * 86400 else f"{seconds / 86400:.1f} days"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: what torch allocated on a GPU, or the most this process held."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -55,6 +55,18 @@ class StageConfig(Config):
     """{network: network}: the first starts the stage as a copy of the second."""
 
 
+class WandbConfig(Config):
+    """Where on Weights & Biases the metrics go. The configuration goes too, without paths; keys of samples do not."""
+
+    project: str = Field(min_length=1)
+    mode: Literal["online", "offline"] = "online"
+    """offline keeps everything in run_dir/wandb, for `wandb sync`."""
+    entity: str | None = None
+    """Team or user; None = the account's default."""
+    name: str | None = None
+    """Of the run; None = one that wandb makes up."""
+
+
 class Recipe(Config):
     """A run. Steps are optimiser steps; sizes of batches count samples of the whole run, over all ranks."""
 
@@ -63,6 +75,8 @@ class Recipe(Config):
     steps: int = Field(ge=1)
     save_every: int = Field(1000, ge=1)
     log_every: int = Field(10, ge=1)
+    monitor_every: int | None = Field(None, ge=0)
+    """Steps between signals of collapse, a multiple of log_every; None = 10 x log_every, 0 = never."""
     seed: int = Field(0, ge=0)
     batch_size: int = Field(ge=1)
     """Samples per optimiser step, over all ranks and micro-batches."""
@@ -85,6 +99,13 @@ class Recipe(Config):
     max_skipped_steps: int = Field(20, ge=0)
     """The run stops when more steps than this had losses or gradients that are not finite."""
     tensorboard: bool = True
+    wandb: WandbConfig | None = None
+    """Weights & Biases as well; it needs the package wandb."""
+
+    @property
+    def signal_interval(self) -> int:
+        """Steps between signals of collapse; 0 = never."""
+        return 10 * self.log_every if self.monitor_every is None else self.monitor_every
 
     @model_validator(mode="after")
     def _check(self, info: ValidationInfo) -> "Recipe":
@@ -115,6 +136,10 @@ def check_sizes(recipe: Recipe, world_size: int) -> list[str]:
     total = sum(stage.steps * stage.repeat for stage in recipe.stages.values())
     if recipe.stages and total != recipe.steps:
         lines.append(f"steps: {recipe.steps}, but the stages add up to {total} (steps x repeat)")
+    if (interval := recipe.signal_interval) % recipe.log_every:
+        below = interval // recipe.log_every * recipe.log_every
+        near = " or ".join(str(number) for number in (below, below + recipe.log_every) if number)
+        lines.append(f"monitor_every: {interval} is not a multiple of log_every {recipe.log_every}; use {near}")
     groups = recipe.modality.build(None).groups
     for name, masks in recipe.masks.items():
         if masks.group not in groups:

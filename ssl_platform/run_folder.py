@@ -1,8 +1,9 @@
 """What a run leaves in its folder while it trains: checkpoints, metrics and events; and how it is taken up again."""
 
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +13,9 @@ from ssl_platform.config import to_yaml
 from ssl_platform.data.index import Index
 from ssl_platform.data.mixture import described
 from ssl_platform.data.order import Order
+from ssl_platform.health import Notice
 from ssl_platform.log import Metrics, append_line, logger
+from ssl_platform.monitors import Monitor
 from ssl_platform.progress import Clock, duration
 from ssl_platform.recipe import Recipe
 from ssl_platform.step import Parts, StepResult
@@ -153,9 +156,20 @@ def keep_count(recipe: Recipe, parts: Parts, result: StepResult, step: int) -> N
 
 
 def report(
-    metrics: Metrics, recipe: Recipe, parts: Parts, result: StepResult, clock: Clock, step: int, order: Order
+    metrics: Metrics,
+    recipe: Recipe,
+    parts: Parts,
+    result: StepResult,
+    clock: Clock,
+    step: int,
+    order: Order,
+    monitor: Monitor,
+    active: Sequence[str],
 ) -> None:
-    """One line of metrics: the values of this step, averaged over ranks, and the speed since the last line."""
+    """One line of metrics: the values of this step, averaged over ranks, and the speed since the last line.
+
+    Where collapse signals are due they stand in the same line; what the line says of the run's health is said in words.
+    """
     loss, *terms = distributed.mean(_stacked([result.loss, *result.terms.values()], result.loss.device)).tolist()
     line: dict[str, float | int] = {"loss": loss, **dict(zip(result.terms, terms, strict=True))}
     if result.metrics:
@@ -163,17 +177,65 @@ def report(
         line |= zip(result.metrics, known, strict=True)
     line["lr"] = parts.lr(step - 1)
     line["weight_decay"] = parts.weight_decay(step - 1)
+    line |= followed_schedules(parts, active, step - 1)
     line |= {f"grad_norm_{name}": norm.item() for name, norm in result.grad_norms.items()}
     line |= clock.lap() | parts.counters
     if recipe.data.sources:
         line |= {f"drawn_{name}": count for name, count in order.drawn(step * recipe.batch_size).items()}
-    metrics.write(step, line)
+    waited = torch.tensor(line["data_wait_share"], dtype=torch.float64)
+    line["data_wait_share"] = distributed.maximum(waited).item()  # the rank that waits longest holds up the others
+    line |= monitor.speed(active, line["samples_per_second"])
+    if monitor.due(step):
+        line |= monitor.signals()
+    written = metrics.write(step, line)
     remaining = (recipe.steps - step) * recipe.batch_size / max(float(line["samples_per_second"]), 1e-9)
     logger.info(
-        "step %d/%d  loss %.4f  %s  lr %.2e  %.1f samples/s  waiting for data %.0f %%  %s left",
+        "step %d/%d  loss %.4f  %s  lr %.2e  %.1f samples/s  waiting for data %.0f %%%s  %s left",
         step, recipe.steps, loss, "  ".join(f"{name} {line[name]:.3f}" for name in result.terms), line["lr"],
-        line["samples_per_second"], 100 * line["data_wait_share"], duration(remaining),
+        line["samples_per_second"], 100 * line["data_wait_share"],
+        f"  mfu {100 * line['mfu']:.0f} %" if "mfu" in line else "", duration(remaining),
     )  # fmt: skip
+    if distributed.rank() == 0:
+        tell(recipe.run_dir, step, monitor.health.judge(written))
+
+
+def tell(run_dir: Path, step: int, notices: Sequence[Notice]) -> None:
+    """Says in the log and in `events.jsonl` what is new about the run's health."""
+    for notice in notices:
+        logger.log(logging.INFO if notice.cleared else logging.WARNING, "step %d: %s", step, notice.message)
+        event = {"step": step, "event": "cleared" if notice.cleared else "warning", "warning": notice.name}
+        append_line(run_dir / "events.jsonl", event | {"subject": notice.subject, "message": notice.message})
+
+
+def followed_schedules(parts: Parts, active: Sequence[str], step: int) -> dict[str, float | int]:
+    """What else a schedule sets at `step`: momenta of averaged networks, teacher temperatures of objectives."""
+    model = parts.student_teacher
+    line: dict[str, float | int] = {
+        f"{name}_momentum": role.momentum(step) for name, role in model.roles.items() if role.update == "ema"
+    }
+    for name in active:
+        temperature = getattr(model.objective(name), "teacher_temp", None)
+        if callable(temperature):
+            line[f"{name}_teacher_temp"] = temperature(step)
+    return line
+
+
+def wandb_arguments(recipe: Recipe) -> dict[str, Any] | None:
+    """What `log.start_wandb` is given: the section, and the configuration without what is or looks like a path."""
+    if recipe.wandb is None:
+        return None
+    return {**recipe.wandb.model_dump(), "config": _without_paths(recipe.model_dump())}
+
+
+def _without_paths(value: Any) -> Any:
+    if isinstance(value, dict):
+        kept = {key: _without_paths(item) for key, item in value.items() if not _is_path(item)}
+        return {key: item for key, item in kept.items() if item != []}
+    return [_without_paths(item) for item in value if not _is_path(item)] if isinstance(value, list | tuple) else value
+
+
+def _is_path(value: Any) -> bool:
+    return isinstance(value, Path) or (isinstance(value, str) and ("/" in value or "\\" in value))
 
 
 def _stacked(values: Iterable[Tensor], device: torch.device) -> Tensor:

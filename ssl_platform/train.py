@@ -21,9 +21,10 @@ from ssl_platform.data.reading import BadSampleError
 from ssl_platform.data.shards import train_batches
 from ssl_platform.log import Metrics, cut_back, logger, set_up_logging
 from ssl_platform.modalities import Modality
+from ssl_platform.monitors import Monitor
 from ssl_platform.progress import Clock, StopFlag
 from ssl_platform.recipe import Recipe, build_modality, doubtful, load_recipe, open_index, open_order
-from ssl_platform.run_folder import TrainingStopped, find, keep_count, report, resume, save
+from ssl_platform.run_folder import TrainingStopped, find, keep_count, report, resume, save, wandb_arguments
 from ssl_platform.stages import StageContext
 from ssl_platform.stages._plan import Stage, begin_stage, stage_plan
 from ssl_platform.step import Parts, build, train_step
@@ -42,11 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
   ssl-train configs/smoke/pathology.yaml                     seconds on one core
   ssl-train my.yaml run_dir=runs/a steps=50000 optim.lr=1e-3 any key of the YAML can be set
   ssl-train my.yaml --estimate                               memory, samples and time, then stops
+  ssl-train my.yaml --show-views views.png                   a picture of what the networks will see, then stops
   torchrun --nproc-per-node 8 -m ssl_platform.train my.yaml  eight GPUs of one machine
 
 what comes out, in run_dir:
   config.yaml      the whole configuration, defaults included; a valid CONFIG
-  metrics.jsonl    one object every log_every steps: step, loss, each term, learning rate, gradient norms
+  metrics.jsonl    one object every log_every steps: losses, entropies, gradient norms, speed, signals of collapse
+  events.jsonl     skipped steps, bad samples, and warnings when the run looks unhealthy (docs/health.md)
   checkpoints/     step_XXXXXXXX folders: for ssl-eval, ssl-export, and to resume
 keys: docs/configuration.md""",
     )
@@ -56,6 +59,12 @@ keys: docs/configuration.md""",
     )
     parser.add_argument(
         "--estimate", action="store_true", help="measure a few steps, print memory, samples seen and time"
+    )
+    parser.add_argument(
+        "--show-views",
+        type=Path,
+        metavar="FILE",
+        help="draw the views and masks of some samples of step 0 (.png, .jpg)",
     )
     arguments = parser.parse_intermixed_args(argv)
     set_up_logging()
@@ -69,6 +78,9 @@ keys: docs/configuration.md""",
             text = estimate(recipe, device)
             sys.stdout.write(text if distributed.rank() == 0 else "")
             return 0
+        if arguments.show_views:
+            show_views(recipe, arguments.show_views)
+            return 0
         with run_lock.locked(recipe.run_dir):
             train(recipe, device)
     except (
@@ -79,6 +91,24 @@ keys: docs/configuration.md""",
     finally:
         distributed.stop()
     return 0
+
+
+def show_views(recipe: Recipe, path: Path) -> None:
+    """Draws samples of the first step, as this rank would see them, into the file `path`; writes nothing else."""
+    from ssl_platform.show_views import NUM_SAMPLES, check_path, contact_sheet, write_picture
+
+    if distributed.rank() > 0:
+        return
+    check_path(path)
+    index = open_index(recipe)
+    modality = build_modality(recipe, index.statistics)
+    one_by_one = recipe.batch_size // distributed.world_size()  # so that a large batch need not be read whole
+    recipe = recipe.model_copy(update={"accumulate": one_by_one, "data": recipe.data.model_copy(update={"workers": 0})})
+    order = open_order(recipe, index)
+    with closing(stage_batches(stage_plan(recipe)[0], recipe, index, order, modality, 0, {})) as batches:
+        samples = [next(batches) for _ in range(min(NUM_SAMPLES, one_by_one))]
+    write_picture(contact_sheet(modality, samples), path)
+    logger.info("wrote %s: views and masks of the first %d samples of step 0", path, len(samples))
 
 
 # -- loop --------------------------------------------------------------------------------------------------------------
@@ -96,8 +126,9 @@ def train(recipe: Recipe, device: torch.device) -> None:
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
         (recipe.run_dir / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
         cut_back(recipe.run_dir / "events.jsonl", step)
-    metrics = Metrics(recipe.run_dir, step, recipe.tensorboard)
+    metrics = Metrics(recipe.run_dir, step, recipe.tensorboard, wandb_arguments(recipe))
     stop = StopFlag()
+    monitor = Monitor(recipe, parts)
     logger.info(
         "%d samples in %d shards, batch %d, %s, %.1f M trained parameters, peak lr %.2e, %d ranks on %s",
         len(index), index.num_shards, recipe.batch_size,
@@ -122,7 +153,7 @@ def train(recipe: Recipe, device: torch.device) -> None:
         )
         prepared = begin_stage(stage, context, resumed=step > stage.begin)
         with closing(stage_batches(stage, recipe, index, order, modality, step, prepared)) as batches:
-            step, stopping = run_stage(stage, recipe, parts, batches, step, metrics, index, order, stop)
+            step, stopping = run_stage(stage, recipe, parts, batches, step, metrics, index, order, stop, monitor)
         if stopping:
             name = stop.name or "a signal to another rank"
             logger.info("stopped by %s after step %d; the same command goes on from there", name, step)
@@ -170,18 +201,21 @@ def run_stage(
     index: Index,
     order: Order,
     stop: StopFlag,
+    monitor: Monitor,
 ) -> tuple[int, bool]:
     """Steps until the stage ends or a signal asks to stop, with a checkpoint at the end: (finished steps, stopping)."""
     active = stage.config.objectives or list(recipe.objectives)
     clock = Clock(recipe.batch_size)
     stopping = False
     while step < stage.end and not stopping:
-        result = train_step(parts, clock.waiting(batches), step, active, stop)
+        with monitor.watching(step, active):
+            result = train_step(parts, clock.waiting(batches), step, active, stop)
+        monitor.keep(result.skipped)
         step, stopping = step + 1, result.stopping  # agreed between ranks; the flag itself may differ
         clock.steps += 1
         keep_count(recipe, parts, result, step)
         if step % recipe.log_every == 0 or step == recipe.steps:
-            report(metrics, recipe, parts, result, clock, step, order)
+            report(metrics, recipe, parts, result, clock, step, order, monitor, active)
         if step % recipe.save_every == 0 or step == recipe.steps or stopping:
             save(recipe, parts, index, step)
     return step, stopping

@@ -15,8 +15,9 @@ ORDER = [
     {"objectives", "data"},
     {"student_teacher"},
     {"recipe"},
-    {"stages", "step", "flops"},
-    {"run_folder", "estimate", "encoder"},
+    {"stages", "step", "flops", "health"},
+    {"monitors"},
+    {"run_folder", "estimate", "encoder", "show_views"},
     {"train", "export"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

@@ -11,6 +11,7 @@ import torch
 
 from ssl_platform import distributed
 from ssl_platform.log import Metrics
+from ssl_platform.monitors import Monitor
 from ssl_platform.objectives._targets import Centering, Sinkhorn
 from ssl_platform.objectives.koleo import koleo
 from ssl_platform.progress import Clock
@@ -145,7 +146,8 @@ def metrics_with_masks_on_one_rank_only(folder: str) -> dict[str, float | None]:
     parts.module = distributed.wrap(parts.student_teacher, torch.device("cpu"))
     batch = engine.batch(masked=0.5 * distributed.rank())
     result = train_step(parts, iter([batch]), 0, ALL)
-    report(Metrics(Path(folder), 0, tensorboard=False), recipe, parts, result, Clock(4), 1)
+    metrics, monitor = Metrics(Path(folder), 0, tensorboard=False), Monitor(recipe, parts)
+    report(metrics, recipe, parts, result, Clock(4), 1, monitor, ALL)
     distributed.barrier()
     line: dict[str, float | None] = json.loads((Path(folder) / "metrics.jsonl").read_text())
     return line | {"mine": result.metrics["ibot_kl"].item()}

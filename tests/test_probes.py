@@ -15,6 +15,7 @@ import webdataset
 from safetensors.torch import load_file
 
 from ssl_platform.config import validate
+from ssl_platform.monitors import OF_THE_MACHINE, POOLED
 from ssl_platform.recipe import Recipe
 from ssl_platform.train import train
 from tests.ranks import run_ranks
@@ -124,8 +125,8 @@ def recipe(name: str, shards: Path, run_dir: Path, **changes: Any) -> Recipe:
 
 def losses(run_dir: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    timing = ("samples_per_second", "data_wait_share")
-    return [{key: value for key, value in line.items() if key not in timing} for line in lines]
+    left_out = (*OF_THE_MACHINE, *POOLED)
+    return [{key: value for key, value in line.items() if not key.endswith(left_out)} for line in lines]
 
 
 def assert_same_checkpoint(first: Path, second: Path, step: int) -> None:

@@ -7,6 +7,7 @@ measured on the training shards, or None.
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ssl_platform.views import SampleViews
@@ -47,6 +48,14 @@ class Modality(Protocol):
 
     def preprocess(self, example: Any) -> Tensor:
         """The one view that an encoder is shown in evaluation; (*shape) of the group "global"."""
+        ...
+
+    def picture(self, view: Tensor) -> NDArray[np.uint8]:
+        """A view of any group as a picture for people, (H, W, 3) uint8: what `ssl-train CONFIG --show-views` draws.
+
+        Where tokens lie on a grid of two axes these are the picture's height and width, so that masks can be drawn over
+        it; of one axis, its width. A modality without this method trains all the same.
+        """
         ...
 
     def patch_embed(self, embed_dim: int, group: str = "global") -> nn.Module:

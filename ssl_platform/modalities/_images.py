@@ -236,6 +236,12 @@ class Normalization:
         std, mean = torch.std_mean(views, dim=(-2, -1), correction=0, keepdim=True)
         return (views - mean).div_(std.clamp(min=self.smallest_std))
 
+    def visible(self, views: Tensor) -> Tensor:
+        """The inverse, back to pixels in [0, 1]; where every view had its own mean and std these are lost, and it is
+        stretched so that two standard deviations to either side fill the range."""
+        pixels = views / 4 + 0.5 if self.per_sample else views * self.std + self.mean
+        return pixels.clamp(0, 1)
+
 
 def channel_values(values: Sequence[float], channels: int, to_grey: bool) -> list[float]:
     """The mean or std of each stored channel -> of each channel that a network sees; raises ValueError if none fits."""

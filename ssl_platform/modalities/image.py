@@ -7,6 +7,7 @@ from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
@@ -301,6 +302,13 @@ class Image:
     def normalized(self, example: Tensor) -> Tensor:
         """An example, or a part of one, of any size as evaluation shows it: (C, H, W) float32."""
         return self.normalization(to_float(example))
+
+    def picture(self, view: Tensor) -> NDArray[np.uint8]:
+        """A view (C, H, W) with its normalisation undone; of other than three channels the first, as grey."""
+        pixels = self.normalization.visible(view)
+        pixels = pixels if len(pixels) == 3 else pixels[:1].expand(3, -1, -1)
+        shown: NDArray[np.uint8] = (pixels * 255).round().byte().permute(1, 2, 0).numpy()
+        return shown
 
     def patch_embed(self, embed_dim: int, group: str = "global") -> GridPatchEmbed:
         """Patches of `patch_size`, with the position grid of the group."""
