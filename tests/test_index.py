@@ -312,7 +312,8 @@ def test_columns_of_a_manifest_are_packed(tmp_path: Path) -> None:
     rows = ["path,site,magnification", "0.png,A,20", "1.png,B,20", "2.png,,40", "3.png,A,5"]
     (tmp_path / "table.csv").write_text("\n".join(rows))
     for extra in ([], [], ["--overwrite"]):  # the second time finished shards are kept, and an old index is made anew
-        assert main([str(tmp_path / "table.csv"), str(tmp_path / "out"), "--samples-per-shard", "3", *extra]) == 0
+        options = ["--samples-per-shard", "3", "--keep-columns", "site,magnification", *extra]
+        assert main([str(tmp_path / "table.csv"), str(tmp_path / "out"), *options]) == 0
         index = Index.open(tmp_path / "out")
         reader = ShardReader(index, cache_shards=1)
         abouts = [json.loads(reader.read(sample).members["json"]) for sample in range(4)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ssl_platform import distributed
+from ssl_platform.data.order import Order
 from ssl_platform.log import Metrics
 from ssl_platform.monitors import Monitor
 from ssl_platform.objectives._targets import Centering, Sinkhorn
@@ -147,7 +148,7 @@ def metrics_with_masks_on_one_rank_only(folder: str) -> dict[str, float | None]:
     batch = engine.batch(masked=0.5 * distributed.rank())
     result = train_step(parts, iter([batch]), 0, ALL)
     metrics, monitor = Metrics(Path(folder), 0, tensorboard=False), Monitor(recipe, parts)
-    report(metrics, recipe, parts, result, Clock(4), 1, monitor, ALL)
+    report(metrics, recipe, parts, result, Clock(4), 1, Order.of_shards([8], 0, 1), monitor, ALL)
     distributed.barrier()
     line: dict[str, float | None] = json.loads((Path(folder) / "metrics.jsonl").read_text())
     return line | {"mine": result.metrics["ibot_kl"].item()}

@@ -10,7 +10,7 @@ from PIL import Image
 
 from ssl_platform.config import ConfigError, plugin_class, plugin_names
 from ssl_platform.modalities._images import Normalization
-from ssl_platform.recipe import build_modality, load_recipe, open_index
+from ssl_platform.recipe import build_modality, load_recipe, open_index, open_order
 from ssl_platform.show_views import contact_sheet, group_columns, scaled, with_mask
 from ssl_platform.train import main, stage_batches, stage_plan
 from tests import engine
@@ -41,11 +41,11 @@ def test_the_views_and_masks_are_those_of_the_first_step() -> None:
     """Cut out of the global batch one by one they are the same as the batch that training gets."""
     recipe = load_recipe(SMOKE / "pathology.yaml")
     index = open_index(recipe)
-    modality = build_modality(recipe, index.statistics)
+    order, modality = open_order(recipe, index), build_modality(recipe, index.statistics)
     stage = stage_plan(recipe)[0]
-    whole = next(stage_batches(stage, recipe, index, modality, 0, {}))
+    whole = next(stage_batches(stage, recipe, index, order, modality, 0, {}))
     single = recipe.model_copy(update={"accumulate": recipe.batch_size})
-    batches = stage_batches(stage, single, index, modality, 0, {})
+    batches = stage_batches(stage, single, index, order, modality, 0, {})
     samples = [next(batches) for _ in range(3)]
     for number, sample in enumerate(samples):
         for name, group in whole.groups.items():
