@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, model_validator
@@ -16,7 +16,8 @@ from ssl_platform.data.order import Order
 from ssl_platform.data.shards import DataConfig
 from ssl_platform.modalities import Modality
 from ssl_platform.objectives import BuildContext
-from ssl_platform.optim import Cosine, OptimConfig, ScheduleConfig, build_schedule, within
+from ssl_platform.optim import OptimConfig, ScheduleConfig, build_schedule, within
+from ssl_platform.recipe_checks import check_names, check_sizes
 from ssl_platform.student_teacher import Role, StudentTeacher
 
 
@@ -118,133 +119,6 @@ class Recipe(Config):
 def load_recipe(path: Path, overrides: Sequence[str] = (), world_size: int = 1) -> Recipe:
     """Reads and checks a configuration; raises ConfigError with all that is wrong."""
     return load_config(Recipe, path, overrides, world_size=world_size)
-
-
-# -- checks across sections --------------------------------------------------------------------------------------------
-
-
-def check_sizes(recipe: Recipe, world_size: int) -> list[str]:
-    """Numbers that cannot work together, one line each."""
-    lines = []
-    if recipe.batch_size < world_size:
-        lines.append(f"batch_size: {recipe.batch_size} is smaller than the number of ranks, {world_size}")
-    elif recipe.batch_size % (world_size * recipe.accumulate):
-        lines.append(
-            f"batch_size: {recipe.batch_size} cannot be split over {world_size} ranks x accumulate {recipe.accumulate}; "
-            f"use a multiple of {world_size * recipe.accumulate}"
-        )
-    total = sum(stage.steps * stage.repeat for stage in recipe.stages.values())
-    if recipe.stages and total != recipe.steps:
-        lines.append(f"steps: {recipe.steps}, but the stages add up to {total} (steps x repeat)")
-    if (interval := recipe.signal_interval) % recipe.log_every:
-        below = interval // recipe.log_every * recipe.log_every
-        near = " or ".join(str(number) for number in (below, below + recipe.log_every) if number)
-        lines.append(f"monitor_every: {interval} is not a multiple of log_every {recipe.log_every}; use {near}")
-    groups = recipe.modality.build(None).groups
-    for name, masks in recipe.masks.items():
-        if masks.group not in groups:
-            lines.append(f"masks.{name}.group: '{masks.group}' is no group of views; there are {', '.join(groups)}")
-        else:
-            lines += [f"masks.{name}.{problem}" for problem in masks.problems(groups[masks.group].grid)]
-    return lines
-
-
-def doubtful(recipe: Recipe) -> list[str]:
-    """Settings that work but hardly do what was meant, one line each."""
-    sections: dict[str, Config] = {"optim": recipe.optim}
-    sections |= {f"networks.{name}": network for name, network in recipe.networks.items()}
-    sections |= {f"objectives.{name}": objective for name, objective in recipe.objectives.items()}
-    return [
-        f"{key}.{name}.warmup_steps: {value.warmup_steps}, so the run of {recipe.steps} steps ends inside its warm-up"
-        for key, section in sections.items()
-        for name, value in section
-        if isinstance(value, Cosine) and value.warmup_steps >= recipe.steps
-    ]
-
-
-def check_names(recipe: Recipe) -> list[str]:
-    """References to networks, heads, groups, masks and objectives that do not exist, one line each."""
-    lines = []
-    for name, network in recipe.networks.items():
-        where = f"networks.{name}"
-        if network.update in ("ema", "snapshot") and network.of is None:
-            lines.append(f"{where}.of: missing; update: {network.update} needs the network it follows")
-        if network.of is not None and network.of not in recipe.networks:
-            lines.append(f"{where}.of: '{network.of}' is no network; there are {', '.join(recipe.networks)}")
-        if network.inputs not in (groups := recipe.modality.build(None).groups):
-            lines.append(f"{where}.inputs: '{network.inputs}' is no group of views; there are {', '.join(groups)}")
-        if network.of is None and network.backbone is None and network.update in ("grad", "frozen"):
-            lines.append(f"{where}.backbone: missing")
-    if not any(network.update == "grad" for network in recipe.networks.values()):
-        lines.append("networks: none has update: grad, so nothing would be trained")
-    for name, head in recipe.heads.items():
-        if head.network not in recipe.networks:
-            lines.append(f"heads.{name}.network: '{head.network}' is no network")
-    for name, stage in recipe.stages.items():
-        if stage.objectives == []:
-            lines.append(f"stages.{name}.objectives: empty, so nothing would be trained; leave the key out for all")
-        for objective in stage.objectives or ():
-            if objective not in recipe.objectives:
-                lines.append(f"stages.{name}.objectives: '{objective}' is no objective")
-        for used in [*stage.init, *stage.init.values()]:
-            if used not in recipe.networks:
-                lines.append(f"stages.{name}.init: '{used}' is no network")
-    return lines + _check_requests(recipe)
-
-
-def _check_requests(recipe: Recipe) -> list[str]:
-    """Every name in an objective's section that refers to another section."""
-    groups = recipe.modality.build(None).groups
-    kinds: dict[str, Any] = {
-        "head": recipe.heads,
-        "teacher": recipe.networks,
-        "student": recipe.networks,
-        "group": groups,
-        "teacher_group": groups,
-        "student_groups": groups,
-        "masks": recipe.masks,
-    }
-    lines = []
-    for name, objective in recipe.objectives.items():
-        for key, known in kinds.items():
-            value = getattr(objective, key, None)
-            used = (
-                list(value.values()) if isinstance(value, dict) else [value] if isinstance(value, str) else value or ()
-            )
-            lines += [
-                f"objectives.{name}.{key}: '{item}' does not exist; there are: {', '.join(known) or 'none'}"
-                for item in used
-                if item not in known
-            ]
-        if not lines:
-            lines += _check_uses(recipe, name, objective)
-    return lines
-
-
-def _check_uses(recipe: Recipe, name: str, objective: Any) -> list[str]:
-    """What an objective asks of masks and heads that are there but not such as it needs."""
-    lines = []
-    masks, where = getattr(objective, "masks", None), f"objectives.{name}"
-    by_group = masks if isinstance(masks, dict) else {getattr(objective, "group", None): masks} if masks else {}
-    for group, used in by_group.items():
-        if group is not None and recipe.masks[used].group != group:
-            lines.append(f"{where}.masks: '{used}' hides tokens of '{recipe.masks[used].group}', not of '{group}'")
-        if getattr(objective, "mode", "token") == "drop" and not recipe.masks[used].same_count():
-            lines.append(
-                f"{where}.mode: drop needs masks that hide the same number of tokens in every view, which '{used}' does "
-                "not; use random masks with one ratio and probability 1"
-            )
-    head, teacher = getattr(objective, "head", None), getattr(objective, "teacher", None)
-    if isinstance(head, str) and isinstance(teacher, str):
-        owner: str = recipe.heads[head].network
-        network = recipe.networks[teacher]
-        follows = network.update == "ema" and network.of in (owner, None)  # a missing `of` has a line of its own
-        if teacher != owner and not follows:
-            lines.append(
-                f"{where}.teacher: '{teacher}' has no copy of the head '{head}', which only '{owner}' and the networks with "
-                f"update: ema, of: {owner} have"
-            )
-    return lines
 
 
 # -- building ----------------------------------------------------------------------------------------------------------

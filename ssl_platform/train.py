@@ -23,7 +23,8 @@ from ssl_platform.log import Metrics, cut_back, logger, set_up_logging
 from ssl_platform.modalities import Modality
 from ssl_platform.monitors import Monitor
 from ssl_platform.progress import Clock, StopFlag
-from ssl_platform.recipe import Recipe, build_modality, doubtful, load_recipe, open_index, open_order
+from ssl_platform.recipe import Recipe, build_modality, load_recipe, open_index, open_order
+from ssl_platform.recipe_checks import doubtful
 from ssl_platform.run_folder import TrainingStopped, find, keep_count, report, resume, save, wandb_arguments
 from ssl_platform.stages import StageContext
 from ssl_platform.stages._plan import Stage, begin_stage, stage_plan

@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from ssl_platform.config import ConfigError, load_config, plugin_class, plugin_names, to_yaml, validate
-from ssl_platform.recipe import Recipe, doubtful, load_recipe
+from ssl_platform.recipe import Recipe, load_recipe
+from ssl_platform.recipe_checks import doubtful
 from tests import engine
 
 

@@ -14,7 +14,7 @@ ORDER = [
     {"modalities"},
     {"objectives", "data"},
     {"student_teacher"},
-    {"recipe"},
+    {"recipe", "recipe_checks"},
     {"stages", "step", "flops", "health"},
     {"monitors"},
     {"run_folder", "estimate", "encoder", "show_views"},
