@@ -84,7 +84,7 @@ class Metrics:
 
 
 def start_wandb(
-    run_dir: Path, *, project: str, mode: str, entity: str | None, name: str | None, config: Mapping[str, Any]
+    run_dir: Path, *, project: str, mode: Any, entity: str | None, name: str | None, config: Mapping[str, Any]
 ) -> Any:
     """A run of Weights & Biases, the same one after a resume: its id is kept in `run_dir/wandb_id`.
 
@@ -118,7 +118,7 @@ def start_wandb(
             project=project,
             entity=entity,
             name=name,
-            mode=mode,  # type: ignore[arg-type]
+            mode=mode,
             dir=str(run_dir),
             config=dict(config),
             settings=settings,
