@@ -17,6 +17,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1
 ROW = np.dtype([(name, "<i8") for name in ("start", "stop", "label", "group", "shard")])
 """A sample in `index.npy`: its first byte, the byte after its last, label and group (-1 none), number of its shard."""
+_LARGEST = 1 << 62
 
 
 def open_folder(folder: Path, names: Sequence[str] | None) -> tuple[dict[str, Any], NDArray[Any], list[int]]:
@@ -135,13 +136,20 @@ def read_description(folder: Path) -> dict[str, Any] | None:
 def number(values: Sequence[int | str | None]) -> tuple[NDArray[np.int64], list[str]]:
     """Numbers labels or groups: -1 for None; integers stand for themselves, names for their place in the sorted list.
 
-    Where integers and names are mixed, all are names. Returns the numbers, and the names ([] for integers).
+    Where integers and names are mixed, or an integer has more than 62 bits, all are names. Returns the numbers, and the
+    names ([] for integers).
     """
-    if not any(isinstance(value, str) for value in values):
+    if not any(isinstance(value, str) or (value is not None and abs(value) >= _LARGEST) for value in values):
         return np.array([-1 if value is None else max(int(value), -1) for value in values], dtype=np.int64), []
-    names = sorted({str(value) for value in values if value is not None})
+    texts = [None if value is None else _printable(str(value)) for value in values]
+    names = sorted({text for text in texts if text is not None})
     places: dict[str | None, int] = {None: -1, **{name: place for place, name in enumerate(names)}}
-    return np.array([places[None if value is None else str(value)] for value in values], dtype=np.int64), names
+    return np.array([places[text] for text in texts], dtype=np.int64), names
+
+
+def _printable(text: str) -> str:
+    """Halves of surrogate pairs, which JSON may hold and no file or terminal takes, as their escapes."""
+    return text.encode("utf-8", "backslashreplace").decode() if not text.isascii() else text
 
 
 def _as_scans(about: Mapping[str, Any], rows: NDArray[Any]) -> dict[str, ShardScan]:
