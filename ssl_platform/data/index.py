@@ -42,6 +42,7 @@ class Index:
         """{"mean": [...], "std": [...]} of each channel, pixel values in [0, 1]; None if unknown."""
         self._parts = list(zip(parts, label_maps, group_maps, strict=True))
         self._first_samples: list[int] = np.cumsum([0] + [len(part.rows) for part in parts]).tolist()
+        self._shard_stops: list[int] = self.shard_ranges[:, 1].tolist()
         self._first_shards: list[int] = np.cumsum([0] + [len(part.shards) for part in parts]).tolist()
 
     @classmethod
@@ -70,12 +71,30 @@ class Index:
         part, labels, groups = self._parts[number]
         row = part.rows[sample - self._first_samples[number]]
         return Sample(
-            shard=int(row["shard"]) - part.first_shard + self._first_shards[number],
+            shard=self.shard_number(sample),
             start=int(row["start"]),
             stop=int(row["stop"]),
             label=int(row["label"] if labels is None else labels[row["label"]]),
             group=int(row["group"] if groups is None else groups[row["group"]]),
         )
+
+    def shard_number(self, sample: int) -> int:
+        """The number of a sample's shard in `shards`."""
+        return bisect_right(self._shard_stops, sample)
+
+    def check(self, sample: int) -> None:
+        """Raises ValueError unless a sample's row is of its shard, behind the row before it and in front of the next.
+
+        Whoever checks each sample that he reads never gets the bytes of another one from a damaged or foreign index.
+        """
+        number = bisect_right(self._first_samples, sample) - 1
+        part, offset, shard = self._parts[number][0], self._first_samples[number], self.shard_number(sample)
+        first = max(sample - 1, self._shard_stops[shard - 1] if shard else 0)
+        rows = part.rows[first - offset : min(sample + 2, self._shard_stops[shard]) - offset]
+        edges = np.stack([rows["start"], rows["stop"]], axis=1)  # (2 or 3, 2)
+        apart = (edges[:, 0] < edges[:, 1]).all() and (edges[:-1, 1] <= edges[1:, 0]).all() and edges[0, 0] >= 0
+        if not apart or (rows["shard"] != shard - self._first_shards[number] + part.first_shard).any():
+            raise ValueError(_damaged(part, f"the place of sample {sample} is not between those beside it"))
 
     @property
     def num_shards(self) -> int:
@@ -119,6 +138,10 @@ class Index:
 
     def _column(self, name: str, maps: Sequence[NDArray[np.int64] | None] | None = None) -> NDArray[np.int64]:
         columns: list[NDArray[np.int64]] = [part.rows[name] for part, _, _ in self._parts]
+        for column, (part, _, _) in zip(columns, self._parts, strict=True):
+            limit = len(part.names.get(name, ())) or np.iinfo(np.int64).max
+            if len(column) and not -1 <= column.min() <= column.max() < limit:
+                raise ValueError(_damaged(part, f"a {name} is out of range"))
         for number, renumber in enumerate(maps or []):
             columns[number] = columns[number] if renumber is None else renumber[columns[number]]
         return columns[0] if len(columns) == 1 else np.concatenate(columns)
@@ -135,6 +158,10 @@ class _Part(NamedTuple):
     names: dict[str, list[str]]
     """Of "label" and "group"."""
     statistics: dict[str, Any] | None
+
+
+def _damaged(part: _Part, what: str) -> str:
+    return f"{part.shards[0].parent / 'index.npy'}: damaged, {what}; delete it and index.json, or pack again"
 
 
 def _expand(path: Path) -> list[tuple[Path, list[str] | None]]:

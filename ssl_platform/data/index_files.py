@@ -9,8 +9,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard, write_json
+from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard, shown, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -121,16 +122,69 @@ def write_index(folder: Path, about: Mapping[str, Any], rows: NDArray[Any]) -> N
 def read_description(folder: Path) -> dict[str, Any] | None:
     """The contents of a folder's `index.json`, None if there is none; raises ValueError if it is of no use."""
     path = folder / "index.json"
+    fix = "delete it and index.npy, or pack again"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except RecursionError:
+        raise ValueError(f"{path}: cannot be read (brackets inside brackets without end); {fix}") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); delete it and index.npy, or pack again") from error
+        raise ValueError(f"{path}: cannot be read ({error}); {fix}") from error
     found = about.get("format") if isinstance(about, dict) else None
     if found != FORMAT:
-        raise ValueError(f"{path}: expected format {FORMAT}, found {found}; delete it and index.npy, or pack again")
+        raise ValueError(f"{path}: expected format {FORMAT}, found {shown(str(found))}; {fix}")
+    try:
+        _Description.model_validate(about)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = shown(".".join(map(str, first["loc"])))
+        raise ValueError(f"{path}: {place + ': ' if place else ''}{shown(first['msg'])}; {fix}") from error
     return dict(about)
+
+
+class _Described(BaseModel):
+    """A shard in `index.json`."""
+
+    model_config = ConfigDict(strict=True)
+    name: str = Field(pattern=r"^[^/\x00]+$")
+    """Of a file in the same folder: an index from elsewhere must not open files outside it."""
+    bytes: int = Field(ge=0, lt=1 << 63)
+    samples: int = Field(ge=0, lt=1 << 48)
+    modified: int = 0
+
+
+class _Statistics(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    mean: list[float] = Field(min_length=1)
+    std: list[float]
+    pixels: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _of_the_same_channels(self) -> "_Statistics":
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations")
+        return self
+
+
+class _Description(BaseModel):
+    """What a reader takes from `index.json`; further keys are for people."""
+
+    model_config = ConfigDict(strict=True)
+    scanned: bool
+    samples: int
+    shards: list[_Described]
+    label_names: list[str]
+    group_names: list[str]
+    statistics: _Statistics | None
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "_Description":
+        if len({shard.name for shard in self.shards}) < len(self.shards):
+            raise ValueError("a shard is listed twice")
+        if (total := sum(shard.samples for shard in self.shards)) != self.samples:
+            raise ValueError(f"{self.samples} samples, but its shards have {total}")
+        return self
 
 
 def number(values: Sequence[int | str | None]) -> tuple[NDArray[np.int64], list[str]]:
@@ -190,14 +244,38 @@ def _changed(folder: Path, about: Mapping[str, Any], names: Sequence[str]) -> se
 
 
 def _read_rows(folder: Path, about: Mapping[str, Any]) -> NDArray[Any]:
-    path = folder / "index.npy"
+    """The rows, mapped; raises ValueError if the file is not of the type and length that `about` says.
+
+    What the rows say is checked where it is cheap, at both ends of each shard; `Index` checks each that it hands out.
+    """
+    path, expected = folder / "index.npy", ROW
+    mismatch = f"{path}: does not belong to the index.json beside it; delete both, or pack again"
     try:
-        rows: NDArray[Any] = np.load(path, mmap_mode="r" if about["samples"] else None)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); delete it and index.json, or pack again") from error
-    rows = rows.view(np.ndarray)  # still mapped, but a row costs a third
-    if rows.dtype != ROW or len(rows) != about["samples"]:
-        raise ValueError(f"{path}: does not belong to the index.json beside it; delete both, or pack again")
+        with path.open("rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("not as ssl-pack writes it")
+            shape, _, found = np.lib.format.read_array_header_1_0(file)
+            first, size = file.tell(), path.stat().st_size
+    except Exception as error:  # NumPy evaluates the header as Python, which can fail in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{path}: cannot be read ({shown(reason)}); delete it and index.json, or pack again"
+        ) from error
+    if found != expected or shape != (about["samples"],):
+        raise ValueError(mismatch)
+    if size != first + about["samples"] * expected.itemsize:
+        raise ValueError(f"{path}: cannot be read (cut off or damaged); delete it and index.json, or pack again")
+    if not about["samples"]:
+        return np.empty(0, expected)
+    rows = np.memmap(path, expected, "r", first, shape).view(np.ndarray)  # still mapped, but a row costs a third
+    counts = np.array([shard["samples"] for shard in about["shards"]], dtype=np.int64)
+    sizes = np.array([shard["bytes"] for shard in about["shards"]], dtype=np.int64)
+    filled = np.flatnonzero(counts)
+    stops = np.cumsum(counts)[filled]
+    starts = rows[stops - counts[filled]], rows[stops - 1]
+    right = [(ends["shard"] == filled) & (ends["start"] >= 0) & (ends["stop"] > ends["start"]) for ends in starts]
+    if not (right[0] & right[1] & (starts[1]["stop"] <= sizes[filled])).all():
+        raise ValueError(mismatch)
     return rows
 
 

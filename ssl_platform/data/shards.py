@@ -19,6 +19,7 @@ from ssl_platform.data.companions import Companions
 from ssl_platform.data.index import Index
 from ssl_platform.data.order import Order, generator, micro_batch_positions
 from ssl_platform.data.reading import BadSampleError, ShardReader, decoded, reason
+from ssl_platform.data.tars import shown
 from ssl_platform.masks import Masks
 from ssl_platform.modalities import Filtered, Modality
 from ssl_platform.views import Batch, SampleViews, collate
@@ -151,7 +152,7 @@ class MicroBatches(Dataset[Batch]):
         try:
             return key, self.modality.augment(examples, rng)
         except Exception as error:  # whatever one sample makes a library raise must not end the run
-            raise BadSampleError(f"{self.reader.shard_name(sample)}: {key}: {reason(error)}") from error
+            raise BadSampleError(f"{self.reader.shard_name(sample)}: {shown(key)}: {reason(error)}") from error
 
     def _with_masks(self, batch: Batch, first: int) -> Batch:
         """Draws this micro-batch's part of the masks of the global batch."""
@@ -204,7 +205,7 @@ class _Preprocessed(Dataset[tuple[Tensor, Tensor]]):
         try:
             return self.modality.preprocess(example)
         except Exception as error:
-            raise BadSampleError(f"{self.reader.shard_name(sample)}: {key}: {reason(error)}") from error
+            raise BadSampleError(f"{self.reader.shard_name(sample)}: {shown(key)}: {reason(error)}") from error
 
 
 def preprocessed(
@@ -237,9 +238,25 @@ def _reproducible() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+class _WithErrors(Dataset[Item | BadSampleError]):
+    """Gives errors that name a sample as items: a worker would turn them into the text of their traceback."""
+
+    def __init__(self, dataset: Dataset[Item]) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    def __getitem__(self, number: int) -> Item | BadSampleError:
+        try:
+            return self.dataset[number]
+        except BadSampleError as error:
+            return BadSampleError(str(error))
+
+
 def _loaded(dataset: Dataset[Item], workers: int, prefetch: int) -> Generator[Item, None, None]:
     loader = DataLoader(
-        dataset,
+        _WithErrors(dataset),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=prefetch if workers else None,
@@ -249,7 +266,10 @@ def _loaded(dataset: Dataset[Item], workers: int, prefetch: int) -> Generator[It
         generator=torch.Generator(),  # or it would draw from the global RNG
     )
     try:
-        yield from loader  # the workers end when this generator is closed
+        for item in loader:  # the workers end when this generator is closed
+            if isinstance(item, BadSampleError):
+                raise item
+            yield item
     except Exception as error:
         if not workers:
             raise

@@ -135,13 +135,17 @@ class _LeftOut:
 
     def note(self, member: tarfile.TarInfo) -> None:
         if not (member.isreg() or member.isdir()):
-            self._count("links, devices or pipes are not read; pack the files themselves (tar --dereference)", member.name)
+            self._count(
+                "links, devices or pipes are not read; pack the files themselves (tar --dereference)", member.name
+            )
         elif member.isreg() and "." not in member.name.rpartition("/")[2]:
             self._count("names without an extension are not read: they belong to no sample", member.name)
 
     def note_key(self, key: str) -> None:
         if hash(key) in self.keys:
-            self._count("keys occur again: members of one sample must lie in a row, else they are samples of their own", key)
+            self._count(
+                "keys occur again: members of one sample must lie in a row, else they are samples of their own", key
+            )
         self.keys.add(hash(key))
 
     def _count(self, what: str, name: str) -> None:
@@ -198,9 +202,14 @@ def _check_header(file: IO[bytes], position: int) -> None:
         kind, size = header[156:157], _size(header[124:136])
         if kind == tarfile.GNUTYPE_SPARSE:
             raise ValueError(f"damaged or sparse at byte {position}: {_SPARSE}")
-        if size is None or not 0 <= size < 1 << 62:
-            raise ValueError(f"damaged at byte {position}: the size of a member is {'no number' if size is None else size}")
-        if kind not in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *_PAX_TYPES):
+        names_follow = kind in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *_PAX_TYPES)
+        if size is None and not names_follow:
+            return  # tarfile says what is wrong with it
+        if size is None:
+            raise ValueError(f"invalid header at byte {position}: the size of a member is no number")
+        if not 0 <= size < 1 << 62:
+            raise ValueError(f"damaged at byte {position}: the size of a member is {size}")
+        if not names_follow:
             return
         if size > _MAX_NAME:
             raise ValueError(f"a header of {size} bytes at byte {position}, for one name; the limit is {_MAX_NAME}")
@@ -277,4 +286,6 @@ def write_json(path: Path, contents: Any) -> None:
     """Writes a JSON file atomically, one key a line."""
     with atomic_file(path) as file:
         text = json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        file.write(text.encode("utf-8", "backslashreplace"))  # names that are no text: half of a pair becomes its escape
+        file.write(
+            text.encode("utf-8", "backslashreplace")
+        )  # names that are no text: half of a pair becomes its escape
