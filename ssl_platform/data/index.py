@@ -91,10 +91,11 @@ class Index:
         part, offset, shard = self._parts[number][0], self._first_samples[number], self.shard_number(sample)
         first = max(sample - 1, self._shard_stops[shard - 1] if shard else 0)
         rows = part.rows[first - offset : min(sample + 2, self._shard_stops[shard]) - offset]
-        edges = np.stack([rows["start"], rows["stop"]], axis=1)  # (2 or 3, 2)
-        apart = (edges[:, 0] < edges[:, 1]).all() and (edges[:-1, 1] <= edges[1:, 0]).all() and edges[0, 0] >= 0
-        if not apart or (rows["shard"] != shard - self._first_shards[number] + part.first_shard).any():
-            raise ValueError(_damaged(part, f"the place of sample {sample} is not between those beside it"))
+        own, last = shard - self._first_shards[number] + part.first_shard, 0
+        for start, stop, _, _, number_of_shard, *_ in rows.tolist():
+            if not last <= start < stop or number_of_shard != own:
+                raise ValueError(_damaged(part, f"the place of sample {sample} is not between those beside it"))
+            last = stop
 
     @property
     def num_shards(self) -> int:

@@ -24,6 +24,9 @@ _COMPRESSED = (b"\x1f\x8b", b"\x1f\x9d", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"
 """How files of gzip, compress, bzip2, xz, zstd, lz4 and zip begin."""
 
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_ZEROS = bytes(tarfile.BLOCKSIZE)
+_PLAIN = b"\x000"
+"""The types of members that have nothing but bytes."""
 _SPARSE = "sparse members have no byte range of their own; write the tar without --sparse"
 
 
@@ -197,7 +200,9 @@ def _check_header(file: IO[bytes], position: int) -> None:
     for _ in range(_MAX_NAME_HEADERS + 1):
         file.seek(position)
         header = file.read(tarfile.BLOCKSIZE)
-        if len(header) < tarfile.BLOCKSIZE or not header.strip(b"\0"):
+        if len(header) < tarfile.BLOCKSIZE or header == _ZEROS:
+            return
+        if header[156] in _PLAIN and header[124:135].isdigit():
             return
         kind, size = header[156:157], _size(header[124:136])
         if kind == tarfile.GNUTYPE_SPARSE:
