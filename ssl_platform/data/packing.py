@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,9 +28,11 @@ from ssl_platform.data.index_files import describe, number, write_index
 from ssl_platform.data.order import generator
 from ssl_platform.data.sources import Item
 from ssl_platform.data.tar_writing import Job, Numbered, Shard, make_shard, statistics
-from ssl_platform.data.tars import ShardScan, write_json
+from ssl_platform.data.tars import ShardScan, shown, write_json
 
 logger = logging.getLogger(__name__)
+
+_SHARDS = TypeAdapter(dict[str, Shard])
 
 
 def pack(
@@ -141,14 +144,16 @@ def _finished(out: Path, settings: dict[str, Any], overwrite: bool) -> dict[str,
         return {}
     try:
         about = json.loads((out / "pack.json").read_text(encoding="utf-8"))
-        shards = {name: Shard(**shard) for name, shard in about["shards"].items()}
-        before = about["settings"]
+        shards = _SHARDS.validate_json(json.dumps(about["shards"]), strict=True)
+        before = {**about["settings"]}
     except FileNotFoundError:
         raise ValueError(
             f"{out}: not empty, and without the pack.json of an earlier run: name an empty folder"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{out / 'pack.json'}: cannot be read ({error}); start afresh with --overwrite") from error
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        first = error.errors()[0] if isinstance(error, ValidationError) else None
+        why = shown(f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else " ".join(str(error).split()))
+        raise ValueError(f"{out / 'pack.json'}: cannot be read ({why}); start afresh with --overwrite") from error
     differ = [f"{key} ({_short(before, key)}, now {_short(settings, key)})" for key in sorted({*before, *settings})
               if before.get(key) != settings.get(key)]  # fmt: skip
     if differ:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ssl_platform.data.sources import Item, read_image
-from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard
+from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard, shown
 from ssl_platform.modalities._images import decode_image
 from ssl_platform.modalities.pathology import tissue_fraction
 
@@ -61,7 +61,9 @@ class Job(NamedTuple):
 def make_shard(job: Job) -> tuple[Shard, ShardScan]:
     """Writes a shard, unless it is there, whole, made from the inputs as they are and nothing was left out of it."""
     if job.done is not None and _is_current(job, job.done):
-        return job.done, scan_shard(job.path)
+        scan = scan_shard(job.path)
+        if len(scan.starts) == job.done.samples:
+            return job.done, scan
     shard = Shard(inputs=_inputs(job))
     with (
         atomic_file(job.path) as file,
@@ -69,10 +71,11 @@ def make_shard(job: Job) -> tuple[Shard, ShardScan]:
     ):
         for sample in job.samples:
             try:
+                _check_name(sample.item.name)
                 data, extension, pixels = _load(sample.item, job.tile)
                 enough = job.min_tissue <= 0 or tissue_fraction(torch.from_numpy(pixels)) >= job.min_tissue
             except (OSError, ValueError) as error:
-                shard.unreadable.append(f"{sample.item.name}: {getattr(error, 'strerror', None) or error}")
+                shard.unreadable.append(f"{shown(sample.item.name)}: {getattr(error, 'strerror', None) or error}")
                 continue
             if not enough:
                 shard.without_tissue += 1
@@ -87,7 +90,9 @@ def make_shard(job: Job) -> tuple[Shard, ShardScan]:
 
 def _is_current(job: Job, done: Shard) -> bool:
     whole = job.path.is_file() and job.path.stat().st_size == done.bytes
-    return whole and not done.unreadable and _inputs(job) == done.inputs
+    sizes = {channels: len(values) for channels, values in (*done.sums.items(), *done.squares.items())}
+    adds_up = done.sums.keys() == done.squares.keys() == done.pixels.keys() == {str(size) for size in sizes.values()}
+    return whole and adds_up and not done.unreadable and _inputs(job) == done.inputs
 
 
 def _inputs(job: Job) -> str:
@@ -97,6 +102,11 @@ def _inputs(job: Job) -> str:
         found = path.stat() if path.exists() else None
         digest.update(f"{found.st_size} {found.st_mtime_ns} ".encode() if found else b"- ")
     return digest.hexdigest()
+
+
+def _check_name(name: str) -> None:
+    if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
+        raise ValueError("its name is not valid UTF-8; rename it")
 
 
 def _load(item: Item, tile: int) -> tuple[bytes, str, Pixels]:
