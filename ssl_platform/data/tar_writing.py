@@ -90,8 +90,10 @@ def make_shard(job: Job) -> tuple[Shard, ShardScan]:
 
 def _is_current(job: Job, done: Shard) -> bool:
     whole = job.path.is_file() and job.path.stat().st_size == done.bytes
-    sizes = {channels: len(values) for channels, values in (*done.sums.items(), *done.squares.items())}
-    adds_up = done.sums.keys() == done.squares.keys() == done.pixels.keys() == {str(size) for size in sizes.values()}
+    kinds = done.sums, done.squares
+    adds_up = all(kind.keys() == done.pixels.keys() for kind in kinds) and all(
+        str(len(values)) == channels for kind in kinds for channels, values in kind.items()
+    )
     return whole and adds_up and not done.unreadable and _inputs(job) == done.inputs
 
 

@@ -139,15 +139,15 @@ class _LeftOut:
     def note(self, member: tarfile.TarInfo) -> None:
         if not (member.isreg() or member.isdir()):
             self._count(
-                "links, devices or pipes are not read; pack the files themselves (tar --dereference)", member.name
+                "links, devices and pipes are not read, pack the files themselves by tar --dereference", member.name
             )
         elif member.isreg() and "." not in member.name.rpartition("/")[2]:
-            self._count("names without an extension are not read: they belong to no sample", member.name)
+            self._count("files without an extension are of no sample and not read", member.name)
 
     def note_key(self, key: str) -> None:
         if hash(key) in self.keys:
             self._count(
-                "keys occur again: members of one sample must lie in a row, else they are samples of their own", key
+                "keys occur again, apart: each is a sample of its own; members of one sample must lie in a row", key
             )
         self.keys.add(hash(key))
 
@@ -156,7 +156,7 @@ class _LeftOut:
 
     def report(self) -> None:
         for what, (first, number) in self.found.items():
-            logger.warning("%s: %d %s; the first is '%s'", self.path, number, what, first)
+            logger.warning("%s: %s (%d, the first '%s')", self.path, what, number, first)
 
 
 def _members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
