@@ -24,6 +24,7 @@ from PIL import Image
 from ssl_platform.data.index import Index
 from ssl_platform.data.pack import main as pack
 from ssl_platform.data.reading import BadSampleError, ShardReader, decoded
+from ssl_platform.data.shards import preprocessed
 from ssl_platform.data.tars import shown
 from ssl_platform.modalities._images import decode_image
 from tests.bad_shards import (
@@ -386,6 +387,92 @@ class Reading:
 
     def decode(self, record: dict[str, bytes]) -> Any:
         return record
+
+
+# -- what ssl-pack is given ---------------------------------------------------------------------------------------------
+
+MANIFESTS = {
+    "semicolons": ("table.csv", b"path;label\na.png;1\n", "its cells are separated by ';', ',' is expected in .csv"),
+    "tabs in a csv": ("table.csv", b"path\tlabel\na.png\t1\n", "its cells are separated by '\\t', ',' is expected in .csv"),
+    "commas in a tsv": ("table.tsv", b"path,label\na.png,1\n", "separated by ',', '\\t' is expected in .tsv"),
+    "an unquoted comma": ("table.csv", b"path,label\na.png,one, two\n", "line 2: 3 columns, but the header has 2; a cell that"),
+    "an open quote": ("table.csv", b'path,label\n"a.png,1\n', "cannot be read as a table (line 2: unexpected end of data)"),
+    "latin-1": ("table.csv", b"path,label\na.png,caf\xe9\n", "invalid continuation byte); save it as UTF-8"),
+    "UTF-16": ("table.csv", "path\na.png\n".encode("utf-16"), "invalid start byte); save it as UTF-8"),
+    "a cell of 1 MB": ("table.csv", b"path,label\na.png," + b"x" * 1_000_000, "line 2: field larger than field limit"),
+    "a NUL": ("table.csv", b"path\na\0.png\n", "line 2: no such file: a\\x00.png (paths are relative to"),
+    "a line break in a path": ("table.csv", b'path\n"a\nb.png"\n', "line 3: no such file: a\\nb.png (paths are relative to"),
+    "a path of 5,000 bytes": ("table.csv", b"path\n" + b"n" * 5000, "n: File name too long"),
+    "old Macintosh line ends": ("table.csv", b"path,label\ra.png,1\r", ""),
+    "a path outside": ("table.csv", b"path\n../here/a.png\n", ""),
+    "a path twice": ("table.csv", b"path\na.png\na.png\n", "1 rows repeat a path and are packed again; the first is line 3: a.png"),
+    "labels of both kinds": ("table.csv", b"path,label\na.png,3\nb.png,cat\n", "labels: 3: 1, cat: 1"),
+}  # fmt: skip
+
+
+PACKED_MANIFESTS = {"old Macintosh line ends", "a path outside", "a path twice", "labels of both kinds"}
+
+
+@pytest.mark.parametrize("case", MANIFESTS)
+def test_manifests(tmp_path: Path, case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "here"
+    folder.mkdir()
+    for name in "ab":
+        Image.fromarray(np.zeros((2, 2), np.uint8)).save(folder / f"{name}.png")
+    name, contents, message = MANIFESTS[case]
+    (folder / name).write_bytes(contents)
+    status = pack([str(folder / name), str(tmp_path / "out")])
+    captured = capsys.readouterr()
+    said = captured.out + captured.err
+    assert message in said and "Traceback" not in said and max(map(len, said.splitlines())) < 600, said
+    assert status == (0 if (tmp_path / "out").exists() else 2)
+    assert (status == 0) == (case in PACKED_MANIFESTS)
+
+
+def test_names_of_every_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All are packed but the one that is no text; links back to a folder that holds them are not followed."""
+    folder = tmp_path / "in"
+    deep = folder / ("d" * 255)
+    deep.mkdir(parents=True)
+    (deep / "loop").symlink_to("..")
+    (folder / "self").symlink_to(".")
+    composed = [unicodedata.normalize(form, "é.png") for form in ("NFC", "NFD")]
+    names = [*composed, "a.png", "A.png", "🦠\u202e.png", "line\nbreak.png", "n" * 251 + ".png", "d" * 255 + "/b.png"]
+    for name in [*names, os.fsdecode(b"\xff.png")]:
+        Image.fromarray(np.zeros((2, 2), np.uint8)).save(folder / name)
+    assert pack([str(folder), str(tmp_path / "out")]) == 1
+    said = capsys.readouterr().err
+    assert said.count("not followed: a link to a folder that holds it") == 2
+    assert "left out: \\udcff.png: its name is not valid UTF-8; rename it" in said
+    reader = ShardReader(Index.open(tmp_path / "out"), cache_shards=1)
+    packed_names = [json.loads(reader.read(sample).members["json"])["path"] for sample in range(len(reader.index))]
+    assert sorted(packed_names) == sorted(names)
+
+
+def test_a_folder_that_cannot_be_listed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in" / "secret").mkdir(parents=True)
+    Image.fromarray(np.zeros((2, 2), np.uint8)).save(tmp_path / "in" / "a.png")
+    listing = os.scandir
+
+    def refuse(path: str) -> Any:
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listing(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)  # root may list everything
+    assert pack([str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    assert "in/secret: this folder cannot be read (Permission denied)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_sample_in_a_worker_is_one_line(tmp_path: Path, workers: int) -> None:
+    """And not the traceback that a worker's errors arrive with."""
+    index = Index.open(tar_in(tmp_path, member(b"a.bin") + END))
+    with pytest.raises(BadSampleError) as raised:
+        next(preprocessed(index, Refusing(), batch_size=1, workers=workers))  # type: ignore[arg-type]
+    assert one_line(raised.value) == "a.tar: a: not wanted"
 
 
 # -- fuzzing -----------------------------------------------------------------------------------------------------------

@@ -155,7 +155,11 @@ def _row_problem(manifest: Path, header: Sequence[str], row: Sequence[str], tile
     values = dict(zip(header, row, strict=True))
     if not values["path"]:
         return "the path is empty"
-    if not (manifest.parent / values["path"]).is_file():
+    try:
+        found = (manifest.parent / values["path"]).is_file()
+    except OSError as error:  # a name that is too long
+        return f"{shown(values['path'])}: {error.strerror}"
+    if not found:
         return f"no such file: {shown(values['path'])} (paths are relative to {manifest.parent})"
     for name in ("x", "y") if tiles else ():
         if not re.fullmatch(r"\d+", values[name].strip()):
