@@ -384,6 +384,7 @@ def test_a_class_that_does_not_exist(tmp_path: Path, column: str, value: int) ->
     np.save(tmp_path / "index.npy", rows)
     with pytest.raises(ValueError, match=f"index.npy: damaged, a {column} is out of range; delete it and index.json"):
         getattr(Index.open(tmp_path), f"{column}s")
+    assert [sample for sample, record in enumerate(read_all(tmp_path)) if isinstance(record, str)] == [1]
 
 
 def read_all(folder: Path) -> list[Any]:

@@ -90,12 +90,15 @@ class Index:
         number = bisect_right(self._first_samples, sample) - 1
         part, offset, shard = self._parts[number][0], self._first_samples[number], self.shard_number(sample)
         first = max(sample - 1, self._shard_stops[shard - 1] if shard else 0)
-        rows = part.rows[first - offset : min(sample + 2, self._shard_stops[shard]) - offset]
+        rows = part.rows[first - offset : min(sample + 2, self._shard_stops[shard]) - offset].tolist()
         own, last = shard - self._first_shards[number] + part.first_shard, 0
-        for start, stop, _, _, number_of_shard, *_ in rows.tolist():
+        for start, stop, _, _, number_of_shard, *_ in rows:
             if not last <= start < stop or number_of_shard != own:
                 raise ValueError(_damaged(part, f"the place of sample {sample} is not between those beside it"))
             last = stop
+        for name, value in zip(("label", "group"), rows[sample - first][2:4], strict=True):
+            if not -1 <= value < (len(part.names[name]) or 1 << 62):
+                raise ValueError(_damaged(part, f"a {name} is out of range"))
 
     @property
     def num_shards(self) -> int:
