@@ -292,12 +292,17 @@ def test_damaged_columns(tmp_path: Path) -> None:
     tar_of(tmp_path / "a.tar", [{"site": "A"}, {"site": "B"}])
     Index.open(tmp_path)
     good = json.loads((tmp_path / "index.json").read_text())
-    for columns in ([], {"site": 3}, {"site": {"type": "O", "names": []}}, {"site": {"type": "|i1", "names": [1]}}):
+    for columns, what in (
+        ([], "columns: Input should be a valid dictionary"),
+        ({"site": 3}, "columns.site: Input should be a valid dictionary"),
+        ({"site": {"type": "O", "names": []}}, "columns.site.type: Input should be '|i1', '<i2', '<i4' or '<i8'"),
+        ({"site": {"type": "|i1", "names": [1]}}, "columns.site.names.0: Input should be a valid string"),
+    ):
         (tmp_path / "index.json").write_text(json.dumps(good | {"columns": columns}))
-        with pytest.raises(
-            ValueError, match=r"index\.json: damaged, its columns are not as ssl-pack writes them; delete"
-        ):
+        with pytest.raises(ValueError) as raised:
             Index.open(tmp_path)
+        path = tmp_path / "index.json"
+        assert str(raised.value) == f"{path}: {what}; delete it and index.npy, or pack again"
     (tmp_path / "index.json").write_text(json.dumps(good | {"columns": {}}))
     with pytest.raises(ValueError, match=r"index\.npy: does not belong to the index\.json beside it"):
         Index.open(tmp_path)

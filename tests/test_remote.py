@@ -414,13 +414,11 @@ def test_an_index_that_is_none(server: Server, tmp_path: Path) -> None:
     about = json.loads(index.read_text())
     index.write_text("<html>not here</html>")
     assert refusal(server, tmp_path, "HOST/skin").startswith("HOST/skin/index.json: cannot be read (Expecting value")
-    for name in ("../../evil.tar", "/evil.tar", ".room"):
+    for name, place in (("../../evil.tar", "shards.0.name: "), ("/evil.tar", "shards.0.name: "), (".room", "")):
         about["shards"][0]["name"] = name
         index.write_text(json.dumps(about))
-        assert (
-            refusal(server, tmp_path, "HOST/skin")
-            == f"HOST/skin/index.json: {name!r} is no name of a shard in this folder"
-        )
+        message = f"HOST/skin/index.json: {place}{name!r} is no name of a shard in this folder"
+        assert refusal(server, tmp_path, "HOST/skin").startswith(message)
     assert not list(tmp_path.glob("**/evil.tar"))
 
 

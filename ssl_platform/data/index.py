@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ssl_platform.data.index_files import open_folder
 from ssl_platform.data.remote import Remote, RemoteSettings
+from ssl_platform.data.tars import shown
 from ssl_platform.location import Url, location
 
 
@@ -49,6 +50,7 @@ class Index:
         self._digests: dict[str, str] = {}
         self._parts = list(zip(parts, label_maps, group_maps, strict=True))
         self._first_samples: list[int] = np.cumsum([0] + [len(part.rows) for part in parts]).tolist()
+        self._shard_stops: list[int] = self.shard_ranges[:, 1].tolist()
         self._first_shards: list[int] = np.cumsum([0] + [len(part.shards) for part in parts]).tolist()
 
     @classmethod
@@ -103,12 +105,34 @@ class Index:
         part, labels, groups = self._parts[number]
         row = part.rows[sample - self._first_samples[number]]
         return Sample(
-            shard=int(row["shard"]) - part.first_shard + self._first_shards[number],
+            shard=self.shard_number(sample),
             start=int(row["start"]),
             stop=int(row["stop"]),
             label=int(row["label"] if labels is None else labels[row["label"]]),
             group=int(row["group"] if groups is None else groups[row["group"]]),
         )
+
+    def shard_number(self, sample: int) -> int:
+        """The number of a sample's shard in `shards`."""
+        return bisect_right(self._shard_stops, sample)
+
+    def check(self, sample: int) -> None:
+        """Raises ValueError unless a sample's row is of its shard, behind the row before it and in front of the next.
+
+        Whoever checks each sample that he reads never gets the bytes of another one from a damaged or foreign index.
+        """
+        number = bisect_right(self._first_samples, sample) - 1
+        part, offset, shard = self._parts[number][0], self._first_samples[number], self.shard_number(sample)
+        first = max(sample - 1, self._shard_stops[shard - 1] if shard else 0)
+        rows = part.rows[first - offset : min(sample + 2, self._shard_stops[shard]) - offset].tolist()
+        own, last = shard - self._first_shards[number] + part.first_shard, 0
+        for start, stop, _, _, number_of_shard, *_ in rows:
+            if not last <= start < stop or number_of_shard != own:
+                raise ValueError(_damaged(part, f"the place of sample {sample} is not between those beside it"))
+            last = stop
+        for name, value in zip(("label", "group"), rows[sample - first][2:4], strict=True):
+            if not -1 <= value < (len(part.names[name]) or 1 << 62):
+                raise ValueError(_damaged(part, f"a {name} is out of range"))
 
     @property
     def num_shards(self) -> int:
@@ -185,7 +209,7 @@ class Index:
     def _no_column(self, name: str) -> str:
         folders = [part.shards[0].parent for part, _, _ in self._parts if part.columns_left_out is None]
         left_out = {column for part, _, _ in self._parts for column in part.columns_left_out or ()}
-        why = f"; there are {', '.join(self.columns)}"
+        why = f"; there are {shown(', '.join(self.columns))}"
         if name in left_out:
             why = " in the index: it has too many different values to be a category" + why
         elif folders:
@@ -197,6 +221,10 @@ class Index:
 
     def _column(self, name: str, maps: Sequence[NDArray[np.int64] | None] | None = None) -> NDArray[np.int64]:
         columns: list[NDArray[np.int64]] = [part.rows[name] for part, _, _ in self._parts]
+        for column, (part, _, _) in zip(columns, self._parts, strict=True):
+            limit = len(part.names.get(name, ())) or np.iinfo(np.int64).max
+            if len(column) and not -1 <= column.min() <= column.max() < limit:
+                raise ValueError(_damaged(part, f"a {name} is out of range"))
         for number, renumber in enumerate(maps or []):
             columns[number] = columns[number] if renumber is None else renumber[columns[number]]
         return columns[0] if len(columns) == 1 else np.concatenate(columns)
@@ -219,6 +247,10 @@ class _Part(NamedTuple):
     """Columns with too many different values; None = the index was made before columns were kept."""
 
 
+def _damaged(part: _Part, what: str) -> str:
+    return f"{part.shards[0].parent / 'index.npy'}: damaged, {what}; delete it and index.json, or pack again"
+
+
 def _part_column(part: _Part, name: str, named: bool) -> tuple[NDArray[np.int64], list[str]]:
     """The codes of one part and their names; with `named`, numbers get names too, as other parts have them."""
     if name not in part.columns:
@@ -226,10 +258,7 @@ def _part_column(part: _Part, name: str, named: bool) -> tuple[NDArray[np.int64]
     names = part.columns[name]
     codes = part.rows[f"column{list(part.columns).index(name)}"].astype(np.int64)
     if len(codes) and not -1 <= codes.min() <= codes.max() < (len(names) or np.iinfo(np.int64).max):
-        raise ValueError(
-            f"{part.shards[0].parent / 'index.npy'}: damaged, a value of column '{name}' is out of range; delete it and "
-            "index.json, or pack again"
-        )
+        raise ValueError(_damaged(part, f"a value of column '{shown(name)}' is out of range"))
     if named and not names:
         values, codes = np.unique(codes, return_inverse=True)
         names = [str(value) for value in values[values >= 0].tolist()]

@@ -2,15 +2,17 @@
 
 import json
 import logging
+import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ssl_platform.data.tars import Scalar, ShardScan, atomic_file, scan_shard, write_json
+from ssl_platform.data.tars import Scalar, ShardScan, atomic_file, scan_shard, shown, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -26,6 +28,7 @@ _COLUMN_TYPES: list[np.dtype[Any]] = [np.dtype(kind) for kind in ("<i1", "<i2", 
 MAX_COLUMNS = 100
 MAX_NAMES = 1 << 16
 """A text that differs more often is no category (a file name, a caption): such a column is left out."""
+_LARGEST = 1 << 62
 
 
 def open_folder(folder: Path, names: Sequence[str] | None) -> tuple[dict[str, Any], NDArray[Any], list[int]]:
@@ -168,40 +171,106 @@ def write_index(folder: Path, about: Mapping[str, Any], rows: NDArray[Any]) -> N
 def read_description(folder: Path) -> dict[str, Any] | None:
     """The contents of a folder's `index.json`, None if there is none; raises ValueError if it is of no use."""
     path = folder / "index.json"
+    fix = "delete it and index.npy, or pack again"
     try:
         about = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
+    except RecursionError:
+        raise ValueError(f"{path}: cannot be read (brackets inside brackets without end); {fix}") from None
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); delete it and index.npy, or pack again") from error
+        raise ValueError(f"{path}: cannot be read ({error}); {fix}") from error
     found = about.get("format") if isinstance(about, dict) else None
     if found not in READABLE:
-        raise ValueError(f"{path}: expected format {FORMAT}, found {found}; delete it and index.npy, or pack again")
-    if not _are_columns(about.get("columns", {})):
-        raise ValueError(f"{path}: damaged, its columns are not as ssl-pack writes them; delete it and index.npy")
+        raise ValueError(f"{path}: expected format {FORMAT}, found {shown(str(found))}; {fix}")
+    try:
+        _Description.model_validate(about)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = shown(".".join(map(str, first["loc"])))
+        why = shown(re.sub(r"^Value error, | or instance of _\w+$", "", first["msg"]))
+        raise ValueError(f"{path}: {place + ': ' if place else ''}{why}; {fix}") from error
     return dict(about)
 
 
-def _are_columns(columns: Any) -> bool:
-    return isinstance(columns, dict) and all(
-        isinstance(column, dict)
-        and column.get("type") in [kind.str for kind in _COLUMN_TYPES]
-        and isinstance(column.get("names"), list)
-        and all(isinstance(name, str) for name in column["names"])
-        for column in columns.values()
-    )
+class _Described(BaseModel):
+    """A shard in `index.json`."""
+
+    model_config = ConfigDict(strict=True)
+    name: str
+    """Of a file in the same folder: an index from elsewhere must not open files outside it."""
+    bytes: int = Field(ge=0, lt=1 << 63)
+    samples: int = Field(ge=0, lt=1 << 48)
+    modified: int = 0
+
+    @field_validator("name")
+    @classmethod
+    def _is_in_the_folder(cls, name: str) -> str:
+        if not name or {"/", "\0"} & {*name}:
+            raise ValueError(f"{name!r} is no name of a shard in this folder")
+        return name
+
+
+class _Column(BaseModel):
+    """A column in `index.json`."""
+
+    model_config = ConfigDict(strict=True)
+    type: Literal["|i1", "<i2", "<i4", "<i8"]
+    names: list[str]
+
+
+class _Statistics(BaseModel):
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    mean: list[float] = Field(min_length=1)
+    std: list[float]
+    pixels: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _of_the_same_channels(self) -> "_Statistics":
+        if len(self.mean) != len(self.std):
+            raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations")
+        return self
+
+
+class _Description(BaseModel):
+    """What a reader takes from `index.json`; further keys are for people."""
+
+    model_config = ConfigDict(strict=True)
+    scanned: bool
+    samples: int
+    shards: list[_Described]
+    label_names: list[str]
+    group_names: list[str]
+    statistics: _Statistics | None
+    columns: dict[str, _Column] = {}
+    columns_left_out: list[str] = []
+
+    @model_validator(mode="after")
+    def _adds_up(self) -> "_Description":
+        if len({shard.name for shard in self.shards}) < len(self.shards):
+            raise ValueError("a shard is listed twice")
+        if (total := sum(shard.samples for shard in self.shards)) != self.samples:
+            raise ValueError(f"{self.samples} samples, but its shards have {total}")
+        return self
 
 
 def number(values: Sequence[int | str | None]) -> tuple[NDArray[np.int64], list[str]]:
     """Numbers labels or groups: -1 for None; integers stand for themselves, names for their place in the sorted list.
 
-    Where integers and names are mixed, all are names. Returns the numbers, and the names ([] for integers).
+    Where integers and names are mixed, or an integer has more than 62 bits, all are names. Returns the numbers, and the
+    names ([] for integers).
     """
-    if not any(isinstance(value, str) for value in values):
+    if not any(isinstance(value, str) or (value is not None and abs(value) >= _LARGEST) for value in values):
         return np.array([-1 if value is None else max(int(value), -1) for value in values], dtype=np.int64), []
-    names = sorted({str(value) for value in values if value is not None})
+    texts = [None if value is None else _printable(str(value)) for value in values]
+    names = sorted({text for text in texts if text is not None})
     places: dict[str | None, int] = {None: -1, **{name: place for place, name in enumerate(names)}}
-    return np.array([places[None if value is None else str(value)] for value in values], dtype=np.int64), names
+    return np.array([places[text] for text in texts], dtype=np.int64), names
+
+
+def _printable(text: str) -> str:
+    """Halves of surrogate pairs, which JSON may hold and no file or terminal takes, as their escapes."""
+    return text.encode("utf-8", "backslashreplace").decode() if not text.isascii() else text
 
 
 def _columns(
@@ -281,14 +350,38 @@ def _changed(folder: Path, about: Mapping[str, Any], names: Sequence[str]) -> se
 
 
 def _read_rows(folder: Path, about: Mapping[str, Any]) -> NDArray[Any]:
-    path = folder / "index.npy"
+    """The rows, mapped; raises ValueError if the file is not of the type and length that `about` says.
+
+    What the rows say is checked where it is cheap, at both ends of each shard; `Index` checks each that it hands out.
+    """
+    path, expected = folder / "index.npy", _row_type(about.get("columns", {}))
+    mismatch = f"{path}: does not belong to the index.json beside it; delete both, or pack again"
     try:
-        rows: NDArray[Any] = np.load(path, mmap_mode="r" if about["samples"] else None)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); delete it and index.json, or pack again") from error
-    rows = rows.view(np.ndarray)  # still mapped, but a row costs a third
-    if rows.dtype != _row_type(about.get("columns", {})) or len(rows) != about["samples"]:
-        raise ValueError(f"{path}: does not belong to the index.json beside it; delete both, or pack again")
+        with path.open("rb") as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("not as ssl-pack writes it")
+            shape, _, found = np.lib.format.read_array_header_1_0(file)
+            first, size = file.tell(), path.stat().st_size
+    except Exception as error:  # NumPy evaluates the header as Python, which can fail in any way
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(
+            f"{path}: cannot be read ({shown(reason)}); delete it and index.json, or pack again"
+        ) from error
+    if found != expected or shape != (about["samples"],):
+        raise ValueError(mismatch)
+    if size != first + about["samples"] * expected.itemsize:
+        raise ValueError(f"{path}: cannot be read (cut off or damaged); delete it and index.json, or pack again")
+    if not about["samples"]:
+        return np.empty(0, expected)
+    rows = np.memmap(path, expected, "r", first, shape).view(np.ndarray)  # still mapped, but a row costs a third
+    counts = np.array([shard["samples"] for shard in about["shards"]], dtype=np.int64)
+    sizes = np.array([shard["bytes"] for shard in about["shards"]], dtype=np.int64)
+    filled = np.flatnonzero(counts)
+    stops = np.cumsum(counts)[filled]
+    starts = rows[stops - counts[filled]], rows[stops - 1]
+    right = [(ends["shard"] == filled) & (ends["start"] >= 0) & (ends["stop"] > ends["start"]) for ends in starts]
+    if not (right[0] & right[1] & (starts[1]["stop"] <= sizes[filled])).all():
+        raise ValueError(mismatch)
     return rows
 
 

@@ -9,13 +9,16 @@ import fcntl
 import json
 import logging
 import os
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from pydantic import TypeAdapter, ValidationError
+
 from ssl_platform.data.tar_writing import Shard
-from ssl_platform.data.tars import write_json
+from ssl_platform.data.tars import shown, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -23,6 +26,10 @@ _ALL = 1 << 40
 """More bytes of the lock file than there are shards; the byte there is the lock of the index."""
 _PATTERNS = ("index.json", "index.npy", "shard-*.tar", "part-*-of-*.json", "left_out.tsv", "slides.json", "pack.json")
 """What ssl-pack writes into a folder."""
+_MOST_SHARDS = 1 << 24
+"""A file that speaks of more is damaged."""
+_UNREADABLE = (ValueError, TypeError, KeyError, RecursionError)
+_SHARDS = TypeAdapter(dict[str, Shard])
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)
 
 
@@ -82,25 +89,31 @@ def read_state(out: Path, settings: Mapping[str, Any], overwrite: bool = False) 
 
 def _read_file(path: Path, settings: Mapping[str, Any]) -> dict[str, Shard]:
     try:
-        about = json.loads(path.read_text(encoding="utf-8"))
-        shards = {name: Shard(**shard) for name, shard in about["shards"].items()}
-        before = about["settings"]
+        before, shards = _parsed(path)
     except FileNotFoundError:  # another process has put it together with the rest just now
         return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); start afresh with --overwrite") from error
-    differ = [f"{key} ({_short(before, key)}, now {_short(settings, key)})" for key in sorted({*before, *settings})
+    except (OSError, *_UNREADABLE) as error:
+        first = error.errors(include_url=False)[0] if isinstance(error, ValidationError) else None
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}" if first else " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be read ({shown(why)}); start afresh with --overwrite") from error
+    differ = [f"{shown(key)} ({_short(before, key)}, now {_short(settings, key)})" for key in sorted({*before, *settings})
               if before.get(key) != settings.get(key)]  # fmt: skip
     if differ:
         raise ValueError(
             f"{path.parent}: holds shards of another plan, which differs in {', '.join(differ)}; "
             "name an empty folder, or start afresh with --overwrite"
         )
-    return shards
+    return {name: shard for name, shard in shards.items() if shard.adds_up}  # others are made anew
+
+
+def _parsed(path: Path) -> tuple[dict[str, Any], dict[str, Shard]]:
+    """Settings and finished shards; raises OSError or one of `_UNREADABLE` if they are not what `write_state` wrote."""
+    about = json.loads(path.read_text(encoding="utf-8"))
+    return {**about["settings"]}, _SHARDS.validate_json(json.dumps(about["shards"]), strict=True)
 
 
 def _short(settings: Mapping[str, Any], key: str) -> str:
-    return "other files, labels or groups" if key == "items" else json.dumps(settings.get(key))
+    return "other files, labels or groups" if key == "items" else shown(json.dumps(settings.get(key)))
 
 
 def write_state(out: Path, part: Part, settings: Mapping[str, Any], shards: Mapping[str, Shard]) -> None:
@@ -127,14 +140,16 @@ def missing_parts(out: Path) -> str:
     states = []
     for path in [out / "pack.json", *out.glob("part-*-of-*.json")]:
         try:
-            states.append(json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            states.append(_parsed(path))
+        except (OSError, *_UNREADABLE):
             continue
-    num_shards = max((state["settings"].get("num_shards", 0) for state in states), default=0)
-    finished = {name for state in states for name in state["shards"] if (out / name).exists()}
+    numbers = [settings.get("num_shards") for settings, _ in states]
+    num_shards = max((number for number in numbers if isinstance(number, int) and number <= _MOST_SHARDS), default=0)
+    finished = {name for _, shards in states for name in shards if (out / name).exists()}
     missing = [number for number in range(num_shards) if shard_name(number) not in finished]
     text = f"{len(missing)} of {num_shards} shards" if missing else "the index"
-    of = max((int(path.stem.split("-")[-1]) for path in out.glob("part-*-of-*.json")), default=1)
+    ends = (path.stem.rpartition("-")[2] for path in out.glob("part-*-of-*.json"))
+    of = max((int(end) for end in ends if re.fullmatch(r"\d{1,6}", end)), default=1)
     if of > 1 and missing:
         absent = [str(number) for number in range(of) if {*Part(number, of).shards(num_shards)} & {*missing}]
         more = f" and {len(absent) - 10} more" if len(absent) > 10 else ""

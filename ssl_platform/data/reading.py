@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ssl_platform.data.index import Index
 from ssl_platform.data.remote import RemoteReader
 from ssl_platform.data.slides import tiles
-from ssl_platform.data.tars import Record, parse_record
+from ssl_platform.data.tars import Record, parse_record, shown
 from ssl_platform.data.transfer import Cancelled, RemoteError
 from ssl_platform.location import Url
 from ssl_platform.modalities import Modality
@@ -32,8 +32,12 @@ class ShardReader:
 
         Raises RemoteError if it is the whole shard that cannot be had.
         """
+        self.index.check(sample)
         place = self.index[sample]
-        data = os.pread(self._file(place.shard), place.stop - place.start, place.start)
+        file = self._file(place.shard)
+        if place.stop > (size := os.fstat(file).st_size):
+            raise ValueError(f"the shard ends at byte {size}, inside this sample")
+        data = os.pread(file, place.stop - place.start, place.start)
         if len(data) != place.stop - place.start:
             raise ValueError(f"the shard ends at byte {place.start + len(data)}, inside this sample")
         record = parse_record(data)
@@ -42,7 +46,7 @@ class ShardReader:
         )
 
     def shard_name(self, sample: int) -> str:
-        return self.index.shards[self.index[sample].shard].name
+        return self.index.shards[self.index.shard_number(sample)].name
 
     def _file(self, shard: int) -> int:
         if shard not in self._files:
@@ -94,7 +98,7 @@ def decoded(reader: ShardReader, modality: Modality, sample: int) -> tuple[str, 
     try:
         return record.key, modality.decode(record.members)
     except Exception as error:
-        raise BadSampleError(f"{reader.shard_name(sample)}: {record.key}: {reason(error)}") from error
+        raise BadSampleError(f"{reader.shard_name(sample)}: {shown(record.key)}: {reason(error)}") from error
 
 
 def reason(error: Exception) -> str:

@@ -21,6 +21,7 @@ from ssl_platform.data.mixture import SourceConfig, mixture_problems
 from ssl_platform.data.order import Order, generator, micro_batch_positions
 from ssl_platform.data.reading import BadSampleError, ShardReader, decoded, reason
 from ssl_platform.data.remote import RemoteSettings, default_cache_dir
+from ssl_platform.data.tars import shown
 from ssl_platform.data.transfer import Cancelled, RemoteError
 from ssl_platform.location import Location
 from ssl_platform.masks import Masks
@@ -200,7 +201,7 @@ class MicroBatches(Dataset[Batch]):
         try:
             return key, self.modality.augment(examples, rng)
         except Exception as error:  # whatever one sample makes a library raise must not end the run
-            raise BadSampleError(f"{self.reader.shard_name(sample)}: {key}: {reason(error)}") from error
+            raise BadSampleError(f"{self.reader.shard_name(sample)}: {shown(key)}: {reason(error)}") from error
 
     def _with_masks(self, batch: Batch, first: int) -> Batch:
         """Draws this micro-batch's part of the masks of the global batch."""
@@ -258,7 +259,7 @@ class _Preprocessed(Dataset[tuple[Tensor, Tensor]]):
         try:
             return self.modality.preprocess(example)
         except Exception as error:
-            raise BadSampleError(f"{self.reader.shard_name(sample)}: {key}: {reason(error)}") from error
+            raise BadSampleError(f"{self.reader.shard_name(sample)}: {shown(key)}: {reason(error)}") from error
 
 
 def preprocessed(
@@ -305,6 +306,8 @@ class _Reported(Dataset[Any]):
             return self.dataset[number]
         except (RemoteError, Cancelled) as error:
             return error
+        except BadSampleError as error:
+            return BadSampleError(str(error))
 
 
 def _loaded(dataset: "MicroBatches | _Preprocessed", workers: int, prefetch: int) -> Generator[Any, None, None]:
@@ -322,7 +325,7 @@ def _loaded(dataset: "MicroBatches | _Preprocessed", workers: int, prefetch: int
         items = iter(loader)
         try:
             for item in items:
-                if isinstance(item, RemoteError | Cancelled):
+                if isinstance(item, RemoteError | Cancelled | BadSampleError):
                     raise item
                 yield item
         finally:

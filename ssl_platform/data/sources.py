@@ -1,9 +1,10 @@
 """What ssl-pack can pack, as lists of items: a folder of images, a manifest of images or tiles, a large image."""
 
 import csv
+import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +15,10 @@ from PIL import Image
 
 from ssl_platform.data import dicom
 from ssl_platform.data.slides.reading import SlideTiles
+from ssl_platform.data.tars import shown
 from ssl_platform.modalities._images import EXTENSIONS, decode_image
+
+logger = logging.getLogger(__name__)
 
 _MANIFESTS = {".csv": ",", ".tsv": "\t", ".tab": "\t"}
 _MAX_LINES = 10
@@ -48,7 +52,7 @@ def folder_items(folder: Path, labels: bool, groups: bool = False) -> list[Item]
     known = (*EXTENSIONS, *dicom.EXTENSIONS)
     paths = [
         Path(place, file)
-        for place, _, files in os.walk(folder, followlinks=True)
+        for place, files in walk(folder)
         for file in files
         if not file.startswith(".") and Path(file).suffix[1:].lower() in known
     ]
@@ -77,6 +81,29 @@ def _with_patients(items: list[Item]) -> list[Item]:
     return items
 
 
+def walk(folder: Path) -> Iterator[tuple[str, list[str]]]:
+    """Every folder and its files, links followed, but none to a folder that holds it: that would have no end.
+
+    Raises ValueError that names a folder that cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"{shown(str(error.filename))}: this folder cannot be read ({error.strerror})")
+
+    root = os.path.realpath(folder)
+    above: dict[str, tuple[str, frozenset[str]]] = {str(folder): (root, frozenset([root]))}
+    for place, folders, files in os.walk(folder, followlinks=True, onerror=refuse):
+        own, around = above.pop(place)
+        for name in folders[:]:
+            inside = os.path.join(place, name)  # noqa: PTH118 (as os.walk does, whose names are the keys)
+            real = os.path.realpath(inside) if os.path.islink(inside) else f"{own}/{name}"  # noqa: PTH114
+            if real in around:
+                logger.warning("%s: not followed: a link to a folder that holds it", shown(inside))
+                folders.remove(name)
+            above[inside] = real, around | {real}
+        yield place, files
+
+
 def is_manifest(path: Path) -> bool:
     return path.suffix.lower() in _MANIFESTS
 
@@ -91,15 +118,20 @@ def manifest_items(manifest: Path, tiles: bool, splits: bool = False) -> list[It
         with manifest.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.reader(file, delimiter=_MANIFESTS[manifest.suffix.lower()], strict=True)
             rows = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{manifest}: cannot be read as a table ({error})") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{manifest}: cannot be read as a table ({error}); save it as UTF-8") from error
+    except csv.Error as error:
+        fix = f"; a cell has more than {csv.field_size_limit():,} characters" if "limit" in str(error) else ""
+        raise ValueError(f"{manifest}: cannot be read as a table (line {reader.line_num}: {error}{fix})") from error
+    except OSError as error:
+        raise ValueError(f"{manifest}: cannot be read as a table ({error.strerror})") from error
     header = [name.strip() for name in rows[0][1]] if rows else []
     for name in ("path", "x", "y") if tiles else ("path",):
         if name not in header:
             why = " (with --tile each row is one tile, and x, y its upper left pixel)" if name != "path" else ""
             raise ValueError(
-                f"{manifest}: line 1: no column '{name}'{why}; the columns are {', '.join(header) or 'none'}; "
-                f"known are path, label, group and any others"
+                f"{manifest}: line 1: no column '{name}'{why}; the columns are {shown(', '.join(header)) or 'none'}; "
+                f"known are path, label, group and any others{_separator(manifest, rows)}"
             )
     if splits and "split" not in header:
         raise ValueError(
@@ -117,6 +149,7 @@ def manifest_items(manifest: Path, tiles: bool, splits: bool = False) -> list[It
         more = [f"  and {len(problems) - _MAX_LINES} more"] * (len(problems) > _MAX_LINES)
         raise ValueError("\n".join([f"{manifest}: {len(problems)} lines cannot be used", *lines, *more]))
     table = [dict(zip(header, row, strict=True)) for _, row in rows[1:]]
+    _warn_of_repetition(manifest, [(line, row[header.index("path")]) for line, row in rows[1:]], tiles)
     labels, groups = (_typed([row.get(name, "").strip() for row in table]) for name in ("label", "group"))
     special = {"path", "label", "group", *(("x", "y") if tiles else ()), *(("split",) if splits else ())}
     items = [
@@ -134,19 +167,45 @@ def manifest_items(manifest: Path, tiles: bool, splits: bool = False) -> list[It
     return _with_patients(items)
 
 
+def _warn_of_repetition(manifest: Path, paths: Sequence[tuple[int, str]], tiles: bool) -> None:
+    seen: set[str] = set()
+    again = [(line, path) for line, path in paths if path in seen or seen.add(path)]  # type: ignore[func-returns-value]
+    if again and not tiles:
+        line, path = again[0]
+        logger.warning(
+            "%s: %d rows repeat a path and are packed again; the first is line %d: %s",
+            manifest, len(again), line, shown(path),
+        )  # fmt: skip
+
+
+def _separator(manifest: Path, rows: Sequence[tuple[int, Sequence[str]]]) -> str:
+    """What to do if the header is one cell because the cells are separated by something else."""
+    expected = _MANIFESTS[manifest.suffix.lower()]
+    if not rows or len(rows[0][1]) != 1:
+        return ""
+    (header,) = rows[0][1]
+    found = [character for character in ",;\t|" if character != expected and character in header]
+    return f"; its cells are separated by {found[0]!r}, {expected!r} is expected in {manifest.suffix}" if found else ""
+
+
 def _row_problem(manifest: Path, header: Sequence[str], row: Sequence[str], tiles: bool, splits: bool) -> str | None:
     if len(row) != len(header):
-        return f"{len(row)} columns, but the header has {len(header)}"
+        fix = "; a cell that holds a comma or a tab must be quoted" if len(row) > len(header) else ""
+        return f"{len(row)} columns, but the header has {len(header)}{fix}"
     values = dict(zip(header, row, strict=True))
     if not values["path"]:
         return "the path is empty"
-    if not (manifest.parent / values["path"]).is_file():
-        return f"no such file: {values['path']} (paths are relative to {manifest.parent})"
+    try:
+        found = (manifest.parent / values["path"]).is_file()
+    except OSError as error:  # a name that is too long
+        return f"{shown(values['path'])}: {error.strerror}"
+    if not found:
+        return f"no such file: {shown(values['path'])} (paths are relative to {manifest.parent})"
     for name in ("x", "y") if tiles else ():
         if not re.fullmatch(r"\d+", values[name].strip()):
-            return f"{name} is '{values[name]}', expected a whole number of pixels"
+            return f"{name} is '{shown(values[name])}', expected a whole number of pixels"
     if splits and not re.fullmatch(r"[A-Za-z0-9_-]+", values["split"].strip()):
-        return f"split is '{values['split']}', expected a name such as train, of letters, digits, _ and -"
+        return f"split is '{shown(values['split'])}', expected a name such as train, of letters, digits, _ and -"
     return None
 
 

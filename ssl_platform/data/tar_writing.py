@@ -15,7 +15,7 @@ from ssl_platform.data.identity import Names, Numbered
 from ssl_platform.data.media import Content, Options, medium, moments
 from ssl_platform.data.slides.tiles import Unwanted
 from ssl_platform.data.sources import Item
-from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard
+from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard, shown
 from ssl_platform.modalities.pathology import tissue_fraction
 
 
@@ -30,13 +30,21 @@ class Shard:
     sums: dict[str, list[float]] = field(default_factory=dict)
     """Of the pixel values in [0, 1], of each channel."""
     squares: dict[str, list[float]] = field(default_factory=dict)
-    left_out: list[list[str]] = field(default_factory=list)
+    left_out: list[tuple[str, str]] = field(default_factory=list)
     """The key of each input that was left out, and "unreadable" (the file) or "unusable" (what is in it)."""
     without_tissue: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     """How many tiles of slides each check left out."""
     inputs: str = ""
     """Sizes and times of the files that it was made from, as a salted digest."""
+
+    @property
+    def adds_up(self) -> bool:
+        """False if the sums are not of the same channels, which a damaged file may say."""
+        kinds = self.sums, self.squares
+        return all(kind.keys() == self.pixels.keys() for kind in kinds) and all(
+            str(len(values)) == channels for kind in kinds for channels, values in kind.items()
+        )
 
 
 class Job(NamedTuple):
@@ -63,7 +71,9 @@ class Made(NamedTuple):
 def make_shard(job: Job) -> Made:
     """Writes a shard, unless it is there, whole, made from the inputs as they are and nothing was left out of it."""
     if job.done is not None and _is_current(job, job.done):
-        return Made(job.done, scan_shard(job.path), is_new=False)
+        scan = scan_shard(job.path)
+        if len(scan.starts) == job.done.samples:
+            return Made(job.done, scan, is_new=False)
     shard, reasons = Shard(inputs=_inputs(job)), []
     with (
         atomic_file(job.path) as file,
@@ -71,14 +81,16 @@ def make_shard(job: Job) -> Made:
     ):
         for sample in job.samples:
             try:
+                if job.names.are_plain:
+                    _check_name(sample.item.name)
                 content = _load(sample.item, job.options)
                 enough = job.min_tissue <= 0 or _tissue(content) >= job.min_tissue
             except Unwanted as check:
                 shard.dropped[str(check)] = shard.dropped.get(str(check), 0) + 1
                 continue
             except (OSError, ValueError) as error:
-                shard.left_out.append([sample.key, "unreadable" if isinstance(error, OSError) else "unusable"])
-                reasons.append(f"{sample.item.name}: {getattr(error, 'strerror', None) or error}")
+                shard.left_out.append((sample.key, "unreadable" if isinstance(error, OSError) else "unusable"))
+                reasons.append(f"{shown(sample.item.name)}: {getattr(error, 'strerror', None) or error}")
                 continue
             if not enough:
                 shard.without_tissue += 1
@@ -107,6 +119,11 @@ def _inputs(job: Job) -> str:
         found = path.stat() if path.exists() else None
         digest.update(f"{found.st_size} {found.st_mtime_ns} ".encode() if found else b"- ")
     return digest.hexdigest()
+
+
+def _check_name(name: str) -> None:
+    if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
+        raise ValueError("its name is not valid UTF-8; rename it")
 
 
 def _load(item: Item, options: Options) -> Content:

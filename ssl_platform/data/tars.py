@@ -23,6 +23,18 @@ _NO_COLUMNS = {"label", "group", "path"}
 """Keys of a `json` member that are no columns: what the index keeps anyway, and the file that a sample was made from."""
 
 Scalar = int | str | None
+_MAX_NAME = 1 << 20
+"""Bytes of the headers that hold one member's long name or attributes; more is damage, or meant to fill the memory."""
+_MAX_NAME_HEADERS = 8
+"""So many of these headers may precede a member."""
+_COMPRESSED = (b"\x1f\x8b", b"\x1f\x9d", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18", b"PK\3\4")
+"""How files of gzip, compress, bzip2, xz, zstd, lz4 and zip begin."""
+
+_PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
+_ZEROS = bytes(tarfile.BLOCKSIZE)
+_PLAIN = b"\x000"
+"""The types of members that have nothing but bytes."""
+_SPARSE = "sparse members have no byte range of their own; write the tar without --sparse"
 
 
 class Record(NamedTuple):
@@ -58,6 +70,12 @@ def split_name(name: str) -> tuple[str, str] | None:
     return None if is_metadata or not stem or not dot else (folder + slash + stem, extension.lower())
 
 
+def shown(text: str) -> str:
+    """Text out of a file, as one short line of a message: what does not print is escaped, a long middle left out."""
+    line = text if text.isprintable() else repr(text)[1:-1]
+    return line if len(line) <= 200 else f"{line[:120]}...{line[-60:]}"
+
+
 def parse_record(data: bytes) -> Record:
     """The sample whose tar members are `data`; raises ValueError if it is not exactly one sample."""
     key, members = None, {}
@@ -66,7 +84,7 @@ def parse_record(data: bytes) -> Record:
         if name is None:
             continue
         if key not in (None, name[0]):
-            raise ValueError(f"expected the members of one sample, found '{key}' and '{name[0]}'")
+            raise ValueError(f"expected the members of one sample, found '{shown(str(key))}' and '{shown(name[0])}'")
         key, extension = name
         members[extension] = _contents(archive, member)
     if key is None:
@@ -81,7 +99,7 @@ def scan_shard(path: Path) -> ShardScan:
     """
     try:
         with path.open("rb") as file:
-            if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"\x28\xb5"):
+            if file.read(4).startswith(_COMPRESSED):
                 raise ValueError("a compressed tar has no byte ranges to read samples from; decompress it")
             file.seek(0)
             return _scan(file, path)
@@ -93,18 +111,21 @@ def _scan(file: IO[bytes], path: Path) -> ShardScan:
     found = path.stat()
     scan = ShardScan(size=found.st_size, modified=found.st_mtime_ns)
     key, extensions, texts = None, set[str](), dict[str, str]()
+    left_out = _LeftOut(path)
     for member, archive in _members(file):
         name = split_name(member.name) if member.isreg() else None
         if name is None:
+            left_out.note(member)
             continue
         if name[0] != key:
             key, extensions = name[0], set()
+            left_out.note_key(key)
             scan.starts.append(member.offset)
             scan.stops.append(0)
             scan.labels.append(None)
             scan.groups.append(None)
         if name[1] in extensions:
-            raise ValueError(f"two members '{member.name}' in a row: the key of a sample must be unique")
+            raise ValueError(f"two members '{shown(member.name)}' in a row: the key of a sample must be unique")
         extensions.add(name[1])
         scan.stops[-1] = archive.offset
         if name[1] == "cls" and member.size < _SMALL and scan.labels[-1] is None:
@@ -117,6 +138,7 @@ def _scan(file: IO[bytes], path: Path) -> ShardScan:
             _add_columns(scan, about, texts)
     for column in scan.columns.values():
         column += [None] * (len(scan.starts) - len(column))
+    left_out.report()
     return scan
 
 
@@ -130,21 +152,107 @@ def _add_columns(scan: ShardScan, about: dict[str, Any], texts: dict[str, str]) 
             column.append(texts.setdefault(value, value) if isinstance(value, str) else value)
 
 
+class _LeftOut:
+    """What a scan passes over or may have torn apart, said once for a shard and not once for a member."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.keys = path, set[int]()
+        self.found: dict[str, list[str | int]] = {}  # {what: [first name, number of them]}
+
+    def note(self, member: tarfile.TarInfo) -> None:
+        if not (member.isreg() or member.isdir()):
+            self._count(
+                "links, devices and pipes are not read, pack the files themselves by tar --dereference", member.name
+            )
+        elif member.isreg() and "." not in member.name.rpartition("/")[2]:
+            self._count("files without an extension are of no sample and not read", member.name)
+
+    def note_key(self, key: str) -> None:
+        if hash(key) in self.keys:
+            self._count(
+                "keys occur again, apart: each is a sample of its own; members of one sample must lie in a row", key
+            )
+        self.keys.add(hash(key))
+
+    def _count(self, what: str, name: str) -> None:
+        self.found.setdefault(what, [shown(name), 0])[1] += 1  # type: ignore[operator]
+
+    def report(self) -> None:
+        for what, (first, number) in self.found.items():
+            logger.warning("%s: %s (%d, the first '%s')", self.path, what, number, first)
+
+
 def _members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """The members of a tar; unlike `tarfile` alone, raises ValueError where it is damaged in the middle."""
+    """The members of a tar from where the file is; unlike `tarfile` alone, raises ValueError where it is damaged in the
+    middle, and wherever its headers ask for more memory or for bytes elsewhere."""
     try:
-        archive = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (there is nothing to close but `file`)
+        first, length = file.tell(), file.seek(0, io.SEEK_END)
+        _check_header(file, first)
+        file.seek(first)
+        archive = tarfile.open(fileobj=file, mode="r:", encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
         while (member := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # or millions of them stay in memory
+            if member.size < 0 or archive.offset <= member.offset_data - tarfile.BLOCKSIZE:
+                raise ValueError(f"damaged at byte {member.offset}: a member of {member.size} bytes")
+            if archive.offset > length:
+                raise ValueError(f"unexpected end of data: '{shown(member.name)}' is cut off")
             yield member, archive
+            _check_header(file, archive.offset)
         file.seek(archive.offset)
-    except tarfile.TarError as error:
-        raise ValueError(str(error)) from error
+    except ValueError:
+        raise
+    except Exception as error:  # damaged bytes make tarfile raise almost anything
+        raise ValueError(str(error) or type(error).__name__) from error
     rest = file.read(tarfile.BLOCKSIZE)
     if rest.strip(b"\0"):
         raise ValueError(f"damaged at byte {archive.offset}: expected the header of a member")
-    if not rest and not isinstance(file, io.BytesIO):
+    if isinstance(file, io.BytesIO):
+        return
+    if not rest:
         logger.warning("%s: the end-of-archive mark is missing; is the file complete?", file.name)
+    while block := file.read(1 << 20):
+        if block.strip(b"\0"):
+            raise ValueError(
+                f"goes on after its end-of-archive mark at byte {archive.offset}: tars that were joined by cat; join "
+                "them by tar --concatenate, or keep them apart"
+            )
+
+
+def _check_header(file: IO[bytes], position: int) -> None:
+    """Raises ValueError if the member at `position` would make tarfile read without bounds, or go backwards."""
+    for _ in range(_MAX_NAME_HEADERS + 1):
+        file.seek(position)
+        header = file.read(tarfile.BLOCKSIZE)
+        if len(header) < tarfile.BLOCKSIZE or header == _ZEROS:
+            return
+        if header[156] in _PLAIN and header[124:135].isdigit():
+            return
+        kind, size = header[156:157], _size(header[124:136])
+        if kind == tarfile.GNUTYPE_SPARSE:
+            raise ValueError(f"damaged or sparse at byte {position}: {_SPARSE}")
+        names_follow = kind in (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *_PAX_TYPES)
+        if size is None and not names_follow:
+            return  # tarfile says what is wrong with it
+        if size is None:
+            raise ValueError(f"invalid header at byte {position}: the size of a member is no number")
+        if not 0 <= size < 1 << 62:
+            raise ValueError(f"damaged at byte {position}: the size of a member is {size}")
+        if not names_follow:
+            return
+        if size > _MAX_NAME:
+            raise ValueError(f"a header of {size} bytes at byte {position}, for one name; the limit is {_MAX_NAME}")
+        if kind in _PAX_TYPES and b"GNU.sparse." in file.read(size):
+            raise ValueError(f"sparse at byte {position}: {_SPARSE}")
+        position += tarfile.BLOCKSIZE + -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    raise ValueError(f"damaged at byte {position}: more than {_MAX_NAME_HEADERS} headers for one member")
+
+
+def _size(field: bytes) -> int | None:
+    """The number in a tar header: octal text, or base 256 where the first byte is not ASCII."""
+    if field[0] in (0o200, 0o377):
+        return int.from_bytes(field[1:], "big") - (256 ** (len(field) - 1) if field[0] == 0o377 else 0)
+    text = field.split(b"\0")[0].strip() or b"0"
+    return int(text, 8) if text.isdigit() and not set(text) & set(b"89") else None
 
 
 def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
@@ -152,7 +260,7 @@ def _contents(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     assert file is not None, "regular members have contents"
     contents = file.read()
     if len(contents) != member.size:
-        raise ValueError(f"'{member.name}' is cut off: {len(contents)} of {member.size} bytes")
+        raise ValueError(f"'{shown(member.name)}' is cut off: {len(contents)} of {member.size} bytes")
     return contents
 
 
@@ -217,4 +325,7 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
 def write_json(path: Path, contents: Any) -> None:
     """Writes a JSON file atomically, one key a line."""
     with atomic_file(path) as file:
-        file.write((json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode())
+        text = json.dumps(contents, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        file.write(
+            text.encode("utf-8", "backslashreplace")
+        )  # names that are no text: half of a pair becomes its escape

@@ -4,9 +4,12 @@ Pixels are (C, H, W): uint8 or uint16 as decoded, float32 in [0, 1] from `to_flo
 """
 
 import io
+import logging
 import math
 import struct
+import warnings
 from collections.abc import Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -18,6 +21,10 @@ from torch import Tensor
 EXTENSIONS = ("jpg", "jpeg", "png", "tif", "tiff", "bmp", "webp", "npy")
 MAX_PIXELS = 178_956_970
 """Larger images are refused before they are decoded (Pillow's own limit): a small file can claim any size."""
+MAX_PAGES = 10_000
+"""Of a TIFF: pages cost seconds and memory although none holds a pixel."""
+_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "DIB", "WEBP", "GIF", "PPM", "JPEG2000", "AVIF", "MPO")
+"""What Pillow may take a file for. Others run programs (EPS: Ghostscript), read other files, or are no images."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GREY_WEIGHTS = (0.2989, 0.587, 0.114)
 """Luma of R, G, B, as torchvision's rgb_to_grayscale."""
@@ -35,15 +42,20 @@ def decode_image(data: bytes, extension: str, channels: int | None = None) -> Te
     """The image in `data` as uint8 or uint16 (C, H, W); raises ValueError with the reason if it is bad.
 
     Only "npy" is told by its extension: (H, W), (C, H, W) or (H, W, C) with any number of channels; other files are
-    told by their content. Palettes, CMYK and 1-bit images become RGB or grey. With `channels`, alpha is dropped and
+    told by their content. Palettes, CMYK and 1-bit images become RGB or grey; of an animation, the first frame is
+    taken. With `channels`, alpha is dropped and
     grey repeated where that gives the wanted number; any other number is an error.
     """
     if not data:
         raise ValueError("the file has zero bytes")
     try:
-        pixels, has_alpha = _decode_npy(data, channels) if extension == "npy" else _decode_file(data)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they name no file; what matters is raised
+            pixels, has_alpha = _decode_npy(data, channels) if extension == "npy" else _decode_file(data)
     except UnidentifiedImageError:
         raise ValueError(f"not an image: Pillow knows no format that begins with {data[:8]!r}") from None
+    except (MemoryError, RecursionError) as error:
+        raise ValueError(f"cannot be decoded as {extension}: {type(error).__name__}, too large or damaged") from None
     except Exception as error:  # damaged bytes make decoders raise almost anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"cannot be decoded as {extension}: {reason}") from error
@@ -83,7 +95,7 @@ def _decode_npy(data: bytes, channels: int | None) -> tuple[Tensor, bool]:
 def _decode_file(data: bytes) -> tuple[Tensor, bool]:
     """(C, H, W), and whether the last channel is alpha."""
     try:
-        image = Image.open(io.BytesIO(data))  # reads the header only
+        image = Image.open(io.BytesIO(data), formats=_formats())  # reads the header only
     except UnidentifiedImageError:
         if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
             return _decode_tifffile(data)
@@ -100,6 +112,13 @@ def _decode_file(data: bytes) -> tuple[Tensor, bool]:
         upright = upright.convert("RGBA" if "transparency" in image.info else _TO_CONVERT[image.mode])
     array = np.atleast_3d(np.asarray(upright))  # (H, W, C)
     return _as_tensor(np.moveaxis(array, -1, 0)), upright.mode in ("LA", "RGBA")
+
+
+@cache
+def _formats() -> list[str]:
+    """Those of `_FORMATS` that this Pillow has."""
+    Image.init()
+    return [name for name in _FORMATS if name in Image.OPEN]
 
 
 def _decode_deep_png(data: bytes) -> tuple[Tensor, bool]:
@@ -125,6 +144,7 @@ def _decode_tifffile(data: bytes) -> tuple[Tensor, bool]:
     except ModuleNotFoundError:
         raise ValueError("a TIFF of this kind needs tifffile: pip install 'ssl-platform[image]'") from None
     _check_pages(data)
+    logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # a line for each wrong tag, without the file's name
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         series = file.series[0]
         sizes = dict(zip(series.axes, series.shape, strict=True))
@@ -146,12 +166,14 @@ def _decode_tifffile(data: bytes) -> tuple[Tensor, bool]:
 
 
 def _check_pages(data: bytes) -> None:
-    """Raises if the chain of pages comes back to a page it has passed: tifffile would follow it for ever."""
+    """Raises if the chain of pages is endless: tifffile would follow it for ever, or for very long."""
     order, is_big = "<" if data[:2] == b"II" else ">", b"+" in data[2:4]
     count_format, entry_size, offset_format, position = ("Q", 20, "Q", 8) if is_big else ("H", 12, "I", 4)
     seen = {0}
     while (page := struct.unpack_from(order + offset_format, data, position)[0]) not in seen:
         seen.add(page)
+        if len(seen) > MAX_PAGES:
+            raise ValueError(f"more than {MAX_PAGES:,} pages")
         (num_entries,) = struct.unpack_from(order + count_format, data, page)
         position = page + struct.calcsize(count_format) + num_entries * entry_size
     if page != 0:

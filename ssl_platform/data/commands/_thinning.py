@@ -128,16 +128,17 @@ def _write_shard(index: Index, folder: Unfinished, measure: bool, job: _Job) -> 
 
 def _read(index: Index, sample: int) -> tuple[bytes, Record]:
     """The bytes of a sample, which are exactly one, and what is in them."""
-    place, path = index[sample], files_of(index)[index[sample].shard]
+    path = files_of(index)[index.shard_number(sample)]
     file = os.open(path, os.O_RDONLY)
     try:
+        index.check(sample)
+        place = index[sample]
         data = os.pread(file, place.stop - place.start, place.start)
-    finally:
-        os.close(file)
-    try:
         return data, parse_record(data)
     except Exception as error:  # damaged headers make `tarfile` raise almost anything
         raise ValueError(f"{path}: sample {sample}: {reason(error)}; leave such samples out with --drop-bad") from error
+    finally:
+        os.close(file)
 
 
 def _measure(record: Record, shard: str, written: _Written) -> None:

@@ -1,7 +1,6 @@
 """Which slides there are: a folder of them or a table, with what is known of each."""
 
 import csv
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 from ssl_platform.data.identity import Names
 from ssl_platform.data.slides.reading import EXTENSIONS, open_slide
-from ssl_platform.data.sources import is_manifest, manifest_items
+from ssl_platform.data.sources import is_manifest, manifest_items, walk
 
 Given = TypeVar("Given", Path, str)
 
@@ -36,12 +35,7 @@ class SlideRow(NamedTuple):
 
 def folder_slides(folder: Path) -> list[SlideRow]:
     """Every slide below a folder, sorted by name; of the files of one DICOM slide only the first."""
-    found = [
-        Path(place, file)
-        for place, folders, files in os.walk(folder, followlinks=True)
-        for file in files
-        if _is_slide(file) and not folders.sort()  # a fixed order
-    ]
+    found = [Path(place, file) for place, files in walk(folder) for file in files if _is_slide(file)]
     names = sorted(path.relative_to(folder).as_posix() for path in found)
     kept, series = [], set[tuple[Path, str]]()
     for name in names:
