@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssl_platform.config import plugin_names
 from ssl_platform.data import commands
 from ssl_platform.data.pack_options import add_pack_options, count, pack_as_asked
 
@@ -56,7 +55,7 @@ examples:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns 0, 1 if inputs were left out, 2 for an error, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in plugin_names("ssl_platform.data.commands"):
+    if argv and argv[0] in commands.names():
         return commands.main(argv[0], argv[1:])
     parser = _parser()
     arguments = parser.parse_args(argv)

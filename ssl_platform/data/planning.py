@@ -116,8 +116,8 @@ def _in_tar(sizes: NDArray[np.float64], samples: Sequence[Numbered]) -> NDArray[
 def estimate(jobs: Sequence[Job]) -> float:
     """About the bytes of shards that are still to be made: of files by their sizes, of tiles by the first ones."""
     samples = [sample for job in jobs for sample in job.samples]
-    tiles = [sample for sample in samples if sample.item.corner is not None]
-    files = [sample for sample in samples if sample.item.corner is None]
+    tiles = [sample for sample in samples if not sample.item.is_whole]
+    files = [sample for sample in samples if sample.item.is_whole]
     total = 0.0
     if files:
         total += float(stored_sizes(_some(files, _MOST_SIZES)).mean()) * len(files)

@@ -42,6 +42,13 @@ class Item(NamedTuple):
     """The file of `ssl_platform.data.media` that reads it."""
     slide: SlideTiles | None = None
     """How a tile is read where `path` is a whole slide; `corner` is then in pixels of its level 0."""
+    part: tuple[int | float | str, ...] = ()
+    """What of the file is meant, in words of the medium: a row of an array, a time; `name` must tell parts apart."""
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the size of the file says how large the sample is."""
+        return self.corner is None and not self.part
 
 
 def folder_items(folder: Path, labels: bool, groups: bool = False) -> list[Item]:

@@ -1,0 +1,82 @@
+"""Layouts of public data sets as they are unpacked: a file of this folder for each, which `ssl-pack NAME DIR OUT` reads.
+
+A layout is a module with `items(folder, arguments) -> list[Item]`. Its docstring is the command's help text, the first
+line the summary. Where it has options of its own it has `add_arguments(parser)` and `settings(arguments) -> dict`, the
+part of them that decides what is packed. `COLUMNS` names the columns of its items that are stored although names are
+hidden: nothing in them may say who somebody is. Items with `split` are packed into a folder for each split.
+"""
+
+import argparse
+import importlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ssl_platform.config import plugin_names
+
+MAX_NAMED = 5
+"""So many of the things that are missing are named in an error."""
+
+
+def names() -> list[str]:
+    """The layouts, as the command line writes them."""
+    return [name.replace("_", "-") for name in plugin_names(__name__)]
+
+
+class LayoutCommand:
+    """The command of ssl-pack that packs a data set of one layout."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.layout: Any = importlib.import_module(f"{__name__}.{name.replace('-', '_')}")
+        self.__doc__ = self.layout.__doc__
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        from ssl_platform.data.pack_options import add_pack_options
+
+        parser.add_argument("folder", metavar="DIR", type=Path, help="where the data set was unpacked")
+        parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards, empty or new")
+        parser.add_argument(
+            "--without-splits", action="store_true", help="one folder of shards, whatever splits the data set has"
+        )
+        if hasattr(self.layout, "add_arguments"):
+            self.layout.add_arguments(parser.add_argument_group(f"{self.name}"))
+        add_pack_options(parser)
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Exit code 0, or 1 if files were left out because they cannot be used."""
+        from ssl_platform.data.pack import report
+        from ssl_platform.data.pack_options import pack_as_asked
+
+        if not arguments.folder.is_dir():
+            raise ValueError(f"{arguments.folder}: no such folder; expected {self.name} as it is unpacked")
+        items = self.layout.items(arguments.folder, arguments)
+        if arguments.without_splits and arguments.split is not None:
+            raise ValueError("--without-splits and --split: one or the other")
+        if arguments.split is None and not arguments.without_splits and any(item.split for item in items):
+            arguments.split = ["column"]
+        if arguments.split != ["column"]:
+            items = [item._replace(split=None) for item in items]
+        elif not all(item.split for item in items):
+            raise ValueError(
+                f"--split column: {self.name} says no splits here; give shares, such as train=0.9 test=0.1"
+            )
+        if arguments.shard_megabytes is not None and not all(item.is_whole for item in items):
+            raise ValueError(
+                "--shard-megabytes: the sizes of parts of files are not known before; use --samples-per-shard"
+            )
+        if not arguments.plain_names:
+            there = {name for item in items for name, _ in item.columns}
+            arguments.keep_columns += [name for name in getattr(self.layout, "COLUMNS", ()) if name in there]
+        own = self.layout.settings(arguments) if hasattr(self.layout, "settings") else {}
+        asked = {"layout": self.name} | {f"{self.name}.{key}": value for key, value in own.items()}
+        return report(pack_as_asked(items, arguments.out, asked, arguments), arguments.allow_bad)
+
+
+def missing(folder: Path, wanted: Iterable[str], layout: str) -> ValueError:
+    """The error that says which files or folders a layout needs and `folder` has not."""
+    lacking = list(wanted)
+    listed = ", ".join(lacking[:MAX_NAMED]) + f" and {len(lacking) - MAX_NAMED} more" * (len(lacking) > MAX_NAMED)
+    found = sorted(path.name + "/" * path.is_dir() for path in folder.iterdir())
+    there = ", ".join(found[:MAX_NAMED]) + ", ..." * (len(found) > MAX_NAMED)
+    return ValueError(f"{folder}: not the layout of {layout}: missing {listed}; there is {there or 'nothing'}")
