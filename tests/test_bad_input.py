@@ -495,6 +495,19 @@ def test_a_bad_sample_in_a_worker_is_one_line(tmp_path: Path, workers: int) -> N
     assert one_line(raised.value) == "a.tar: a: not wanted"
 
 
+@pytest.mark.parametrize(
+    ("row", "column", "by"), [(5, "stop", -1024), (2, "stop", -1024), (1, "start", 1536), (3, "start", 1024)]
+)
+def test_an_index_that_leaves_out_a_member(tmp_path: Path, row: int, column: str, by: int) -> None:
+    """What is left is a whole sample by itself, but not the one that was packed."""
+    rows = np.load(packed(tmp_path) / "index.npy")
+    rows[column][row] += by
+    np.save(tmp_path / "index.npy", rows)
+    found = read_all(tmp_path)
+    assert [isinstance(record, str) for record in found] == [number == row for number in range(6)]
+    assert "the index leaves out some of its members" in found[row]
+
+
 # -- fuzzing -----------------------------------------------------------------------------------------------------------
 
 

@@ -116,16 +116,18 @@ class Index:
         """The number of a sample's shard in `shards`."""
         return bisect_right(self._shard_stops, sample)
 
-    def check(self, sample: int) -> None:
+    def check(self, sample: int) -> tuple[int, int]:
         """Raises ValueError unless a sample's row is of its shard, behind the row before it and in front of the next.
 
         Whoever checks each sample that he reads never gets the bytes of another one from a damaged or foreign index.
+        Returns where the sample before it ends and where it ends itself: usually, what lies behind both is not its own.
         """
         number = bisect_right(self._first_samples, sample) - 1
         part, offset, shard = self._parts[number][0], self._first_samples[number], self.shard_number(sample)
         first = max(sample - 1, self._shard_stops[shard - 1] if shard else 0)
         rows = part.rows[first - offset : min(sample + 2, self._shard_stops[shard]) - offset].tolist()
         own, last = shard - self._first_shards[number] + part.first_shard, 0
+        ends = [0, *(stop for _, stop, *_ in rows)]
         for start, stop, _, _, number_of_shard, *_ in rows:
             if not last <= start < stop or number_of_shard != own:
                 raise ValueError(_damaged(part, f"the place of sample {sample} is not between those beside it"))
@@ -133,6 +135,7 @@ class Index:
         for name, value in zip(("label", "group"), rows[sample - first][2:4], strict=True):
             if not -1 <= value < (len(part.names[name]) or 1 << 62):
                 raise ValueError(_damaged(part, f"a {name} is out of range"))
+        return ends[sample - first], ends[sample - first + 1]
 
     @property
     def num_shards(self) -> int:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from ssl_platform.data.index import Index
 from ssl_platform.data.remote import RemoteReader
 from ssl_platform.data.slides import tiles
-from ssl_platform.data.tars import Record, parse_record, shown
+from ssl_platform.data.tars import BLOCK, Record, key_of_header, parse_record, shown
 from ssl_platform.data.transfer import Cancelled, RemoteError
 from ssl_platform.location import Url
 from ssl_platform.modalities import Modality
@@ -32,7 +32,7 @@ class ShardReader:
 
         Raises RemoteError if it is the whole shard that cannot be had.
         """
-        self.index.check(sample)
+        around = self.index.check(sample)
         place = self.index[sample]
         file = self._file(place.shard)
         if place.stop > (size := os.fstat(file).st_size):
@@ -41,6 +41,8 @@ class ShardReader:
         if len(data) != place.stop - place.start:
             raise ValueError(f"the shard ends at byte {place.start + len(data)}, inside this sample")
         record = parse_record(data)
+        if any(key_of_header(os.pread(file, BLOCK, end)) == record.key for end in around if end != place.start):
+            raise ValueError("the index leaves out some of its members; delete index.json and index.npy, or pack again")
         return (
             tiles.with_pixels(record, self.index.shards[place.shard]) if tiles.REFERENCE in record.members else record
         )

@@ -31,7 +31,8 @@ _COMPRESSED = (b"\x1f\x8b", b"\x1f\x9d", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd"
 """How files of gzip, compress, bzip2, xz, zstd, lz4 and zip begin."""
 
 _PAX_TYPES = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE)
-_ZEROS = bytes(tarfile.BLOCKSIZE)
+BLOCK = tarfile.BLOCKSIZE
+_ZEROS = bytes(BLOCK)
 _PLAIN = b"\x000"
 """The types of members that have nothing but bytes."""
 _SPARSE = "sparse members have no byte range of their own; write the tar without --sparse"
@@ -74,6 +75,16 @@ def shown(text: str) -> str:
     """Text out of a file, as one short line of a message: what does not print is escaped, a long middle left out."""
     line = text if text.isprintable() else repr(text)[1:-1]
     return line if len(line) <= 200 else f"{line[:120]}...{line[-60:]}"
+
+
+def key_of_header(block: bytes) -> str | None:
+    """The key of the member that this header begins; None for what is no plain header of a sample's member."""
+    try:
+        member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return None
+    name = split_name(member.name) if member.isreg() else None
+    return None if name is None else name[0]
 
 
 def parse_record(data: bytes) -> Record:
