@@ -28,9 +28,13 @@ class SlideRow(NamedTuple):
     group: int | str | None = None
     columns: tuple[tuple[str, str], ...] = ()
     regions: tuple[tuple[str, Path], ...] = ()
-    """GeoJSON files: of `include`, `exclude` and `labels` those that there are."""
+    """GeoJSON or ASAP's XML files: of `include`, `exclude` and `labels` those that there are."""
     key: str = ""
     """What stands for the slide where its name must not; see `keyed`."""
+    split: str | None = None
+    """The split that its data set puts it into."""
+    outside: str | None = None
+    """The label of tiles outside all regions of `labels`, where these are known to be complete."""
 
 
 def folder_slides(folder: Path) -> list[SlideRow]:
