@@ -21,7 +21,9 @@ def read_xml(path: Path, shapely: Any) -> dict[str, Any]:
     try:
         root = ElementTree.parse(path).getroot()
     except (OSError, ElementTree.ParseError) as error:
-        raise ValueError(f"{path}: cannot be read as ASAP's XML ({getattr(error, 'strerror', None) or error})") from error
+        raise ValueError(
+            f"{path}: cannot be read as ASAP's XML ({getattr(error, 'strerror', None) or error})"
+        ) from error
     areas: dict[str, list[Any]] = {}
     holes: list[Any] = []
     for number, annotation in enumerate(root.iter("Annotation")):
