@@ -4,7 +4,6 @@ import gzip
 import json
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -276,7 +275,9 @@ def test_camelyon17_wilds_with_another_table(tmp_path: Path, capsys: pytest.Capt
 # -- Camelyon16 and Camelyon17 -----------------------------------------------------------------------------------------
 
 SIZE = 768
-TILES = ("--tile", 64, "--mask-mpp", 4)
+TILES = ("--tile", 32, "--mask-mpp", 4)
+SIDE = 64
+"""Of a tile in pixels of level 0: its mpp is 0.5, the slide's 0.25."""
 
 
 def slide(path: Path, seed: int) -> Path:
@@ -286,71 +287,194 @@ def slide(path: Path, seed: int) -> Path:
 def square(x0: float, y0: float, x1: float, y1: float, group: str) -> str:
     """An annotation as ASAP writes it."""
     corners = [(x0, y0), (x1, y0), (x1, y1), (x0, y1)]
-    places = "".join(f'<Coordinate Order="{n}" X="{x}" Y="{y}" />' for n, (x, y) in enumerate(corners))
-    return f'<Annotation Name="A" Type="Polygon" PartOfGroup="{group}" Color="#F4FA58"><Coordinates>{places}</Coordinates></Annotation>'
+    places = "".join(f'<Coordinate Order="{number}" X="{x}" Y="{y}" />' for number, (x, y) in enumerate(corners))
+    return annotation(group, places)
+
+
+def annotation(group: str, coordinates: str) -> str:
+    about = f'Name="A" Type="Polygon" PartOfGroup="{group}" Color="#F4FA58"'
+    return f"<Annotation {about}><Coordinates>{coordinates}</Coordinates></Annotation>"
 
 
 def annotations(path: Path, *contents: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    groups = '<AnnotationGroups><Group Name="_0" PartOfGroup="None" Color="#00ff00"><Attributes /></Group></AnnotationGroups>'
-    path.write_text(
-        f'<?xml version="1.0"?>\n<ASAP_Annotations><Annotations>{"".join(contents)}</Annotations>{groups}</ASAP_Annotations>'
-    )
+    group = '<Group Name="_0" PartOfGroup="None" Color="#00ff00"><Attributes /></Group>'
+    text = f"<Annotations>{''.join(contents)}</Annotations><AnnotationGroups>{group}</AnnotationGroups>"
+    path.write_text(f'<?xml version="1.0"?>\n<ASAP_Annotations>{text}</ASAP_Annotations>')
     return path
+
+
+UPPER_HALF = (0, 0, SIZE, SIZE // 2)
 
 
 @pytest.fixture(scope="module")
 def camelyon16(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two slides for training and two for testing; the upper half of each annotated one is tumour."""
+    """Two slides for training and two for testing; the upper half of those with a tumour is annotated."""
     data = tmp_path_factory.mktemp("camelyon16")
     slide(data / "training" / "normal" / "normal_001.tif", 0)
     slide(data / "training" / "tumor" / "tumor_001.tif", 1)
     slide(data / "testing" / "images" / "test_001.tif", 2)
     slide(data / "testing" / "images" / "test_003.tif", 3)
-    half = square(0, 0, SIZE, SIZE // 2, "_0")
-    annotations(data / "training" / "lesion_annotations" / "tumor_001.xml", half)
-    annotations(data / "testing" / "lesion_annotations" / "test_001.xml", half.replace("_0", "Tumor"))
+    annotations(data / "training" / "lesion_annotations" / "tumor_001.xml", square(*UPPER_HALF, "_0"))
+    annotations(data / "testing" / "lesion_annotations" / "Test_001.xml", square(*UPPER_HALF, "Tumor"))
     (data / "testing" / "reference.csv").write_text("test_001,Tumor,IDC,Macro\ntest_003,Normal,None,None\n")
     (data / "training" / "lesion_annotations.zip").write_bytes(b"PK")
     return data
 
 
-def by_slide_label(folder: Path) -> dict[str, Counter[str | None]]:
-    found: dict[str, Counter[str | None]] = {}
+def by_slide_label(folder: Path) -> dict[str, set[str | None]]:
+    """Which labels the tiles of slides with each label have."""
+    found: dict[str, set[str | None]] = {}
     for about, _ in samples(folder):
-        found.setdefault(about["slide_label"], Counter())[about["label"]] += 1
-        if about["label"] == "tumor":
-            assert about["y"] + 64 <= SIZE // 2, "half of its area, at 128 pixels of level 0 a tile"
+        found.setdefault(about["slide_label"], set()).add(about["label"])
     return found
 
 
 def test_camelyon16(camelyon16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert pack("camelyon", camelyon16, tmp_path / "out", *TILES, "--workers", 2) == 0
+    command = ("camelyon", camelyon16, tmp_path / "out", *TILES, "--workers", 2)
+    assert pack(*command) == 0
     said = capsys.readouterr()
     assert "4 of 4 slides have tiles" in said.out
     assert "lesion_annotations.zip: an archive (of 1) that is not looked into; unpack it" in said.err
     for split in ("train", "test"):
-        found = by_slide_label(tmp_path / "out" / split)
-        assert found.keys() == {"normal", "tumor"} and found["normal"].keys() == {"normal"}
-        assert found["tumor"].keys() == {"tumor", None} and min(found["tumor"].values()) > 2
-        assert len(Index.open(tmp_path / "out" / split).group_names) == 2, "a slide is a group"
-        assert (tmp_path / "out" / split / "slides.json").exists()
-    assert pack("camelyon", camelyon16, tmp_path / "out", *TILES, "--workers", 2) == 0, "the same command goes on"
+        out = tmp_path / "out" / split
+        assert by_slide_label(out) == {"normal": {"normal"}, "tumor": {"tumor", None}}
+        for about, _ in samples(out):
+            if about["slide_label"] == "tumor":
+                assert about["label"] == ("tumor" if about["y"] + SIDE <= SIZE // 2 else None)
+        assert len(Index.open(out).group_names) == 2, "a slide is a group"
+        assert (out / "slides.json").exists()
+    before = contents(tmp_path / "out" / "train")
+    assert pack(*command) == 0 and contents(tmp_path / "out" / "train") == before
 
 
 def test_camelyon16_by_other_labels(camelyon16: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = (*TILES, "--without-splits")
-    assert pack("camelyon", camelyon16, tmp_path / "outside", *options, "--normal-outside") == 0
-    found = by_slide_label(tmp_path / "outside")
-    assert found["tumor"].keys() == {"tumor", "normal"} and found["normal"].keys() == {"normal"}
+    out = tmp_path / "out"
+    assert pack("camelyon", camelyon16, out, *options, "--normal-outside") == 0
+    assert by_slide_label(out) == {"normal": {"normal"}, "tumor": {"tumor", "normal"}}
     assert pack("camelyon", camelyon16, tmp_path / "slide", *options, "--labels", "slide") == 0
-    assert {name: set(counts) for name, counts in by_slide_label_only(tmp_path / "slide").items()} == {
-        "normal": {"normal"}, "tumor": {"tumor"},
+    assert by_slide_label(tmp_path / "slide") == {"normal": {"normal"}, "tumor": {"tumor"}}
+    assert pack("camelyon", camelyon16, out, *options) == 2
+    message = capsys.readouterr().err
+    assert "out: holds shards of another plan, which differs in " in message
+    assert "camelyon.normal_outside (true, now false)" in message
+    options = (*options, "--labels", "slide", "--normal-outside")
+    assert "--normal-outside: says nothing with --labels slide" in refused(
+        capsys, "camelyon", camelyon16, tmp_path / "bad", *options
+    )
+    options = (*TILES, "--without-splits", "--split", "a=.5", "b=.5")
+    assert "--without-splits and --split: one or the other" in refused(
+        capsys, "camelyon", camelyon16, tmp_path / "bad", *options
+    )
+
+
+def test_camelyon17(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Slides in folders of centres, flat or by patient; a patient is a group, and the number says whose."""
+    data = tmp_path / "data"
+    slide(data / "training" / "center_0" / "patient_000_node_0.tif", 0)
+    slide(data / "training" / "center_0" / "patient_000" / "patient_000_node_1.tif", 1)
+    slide(data / "training" / "images" / "patient_021_node_3.tif", 2)
+    slide(data / "testing" / "patient_100" / "patient_100_node_0.tif", 3)
+    annotations(data / "training" / "lesion_annotations" / "patient_021_node_3.xml", square(*UPPER_HALF, "metastases"))
+    table = data / "training" / "stage_labels.csv"
+    rows = ["000.zip,pN0(i+)", "000_node_0.tif,negative", "000_node_1.tif,itc", "021.zip,pN1", "021_node_3.tif,macro"]
+    table.write_text("patient,stage\n" + "".join(f"patient_{row}\n" for row in rows))
+    assert pack("camelyon", data, tmp_path / "out", *TILES) == 0
+    said = capsys.readouterr().err
+    assert (
+        "1 slides have no label, the first is patient_100_node_0: reference.csv (Camelyon16) and stage_labels.csv"
+        in said
+    )
+    assert "1 of 2 slides with metastases have no annotation (lesion_annotations/patient_000_node_1.xml, ...)" in said
+    assert by_slide_label(tmp_path / "out" / "train") == {
+        "negative": {"normal"},
+        "itc": {None},
+        "macro": {"tumor", None},
+    }
+    train = samples(tmp_path / "out" / "train")
+    assert {(about["slide_label"], about["center"]) for about, _ in train} == {
+        ("negative", "0"), ("itc", "0"), ("macro", "1"),
     }  # fmt: skip
+    assert len(Index.open(tmp_path / "out" / "train").group_names) == 2, "nodes of a patient"
+    (about, _), *_ = samples(tmp_path / "out" / "test")
+    assert about["label"] is None and "center" not in about
+    table.write_text("patient,stage\npatient_000_node_0.tif,pN0\n")
+    message = refused(capsys, "camelyon", data, tmp_path / "bad", *TILES)
+    assert f"{table}: patient_000_node_0.tif: the label is 'pN0'; expected one of normal, negative, tumor" in message
+    table.write_bytes(b"\xff\xfe\x00")
+    assert f"{table}: cannot be read as a table" in refused(capsys, "camelyon", data, tmp_path / "bad", *TILES)
+    slide(data / "patient_000_node_0.tif", 0)
+    message = refused(capsys, "camelyon", data, tmp_path / "bad", *TILES)
+    assert "patient_000_node_0.tif has the same name; a slide has one file: move one away" in message
 
 
-def by_slide_label_only(folder: Path) -> dict[str, Counter[str | None]]:
-    found: dict[str, Counter[str | None]] = {}
-    for about, _ in samples(folder):
-        found.setdefault(about["slide_label"], Counter())[about["label"]] += 1
-    return found
+def test_camelyon_with_files_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data" / "training"
+    slide(data / "normal" / "normal_001.tif", 0)
+    (data / "normal" / "normal_002.tif").write_bytes((data / "normal" / "normal_001.tif").read_bytes()[:3000])
+    slide(data / "tumor" / "tumor_001.tif", 1)
+    drawn = annotations(data / "lesion_annotations" / "tumor_001.xml", annotation("_0", ""))
+    assert pack("camelyon", tmp_path / "data", tmp_path / "out", *TILES) == 1
+    said = capsys.readouterr()
+    assert "left out: training/normal/normal_002.tif: " in said.err
+    assert f"left out: training/tumor/tumor_001.tif: {drawn}: no area in it: expected Annotation elements" in said.err
+    assert "1 of 3 slides have tiles, 2 cannot be used (named above)" in said.out
+    annotations(drawn, square(*UPPER_HALF, "_0"))
+    assert pack("camelyon", tmp_path / "data", tmp_path / "again", *TILES, "--allow-bad") == 0
+    assert labels(tmp_path / "again" / "train").keys() == {"normal", "tumor"}
+
+
+# -- ASAP's regions ----------------------------------------------------------------------------------------------------
+
+
+def test_asap_groups_and_holes(tmp_path: Path) -> None:
+    """Order counts, not the place in the file; what lies in holes is no tumour."""
+    corners = [(3, 0, 10), (0, 0, 0), (2, 10, 10), (1, 10, 0)]
+    mixed = "".join(f'<Coordinate Order="{order}" X="{x}" Y="{y}" />' for order, x, y in corners)
+    point = '<Coordinate Order="0" X="5" Y="5" />'
+    path = annotations(
+        tmp_path / "a.xml",
+        annotation("_0", mixed),
+        square(20.5, 0, 30.5, 10, "_1"),
+        square(5, 5, 25.5, 10, "_2"),
+        square(50, 50, 60, 60, "Stroma"),
+        square(70, 70, 80, 80, "None"),
+        annotation("Tumor", point),
+    )
+    areas = read_regions(path, (1000, 1000))
+    assert areas.keys() == {"tumor", "Stroma", ""}
+    assert areas["tumor"].area == pytest.approx(100 - 25 + 100 - 25)
+    assert areas["tumor"].bounds == (0, 0, 30.5, 10), "ASAP counts from the corner of the whole slide"
+    crossed = '<Coordinate X="0" Y="0" /><Coordinate X="4" Y="4" /><Coordinate X="4" Y="0" /><Coordinate X="0" Y="4" />'
+    assert read_regions(annotations(tmp_path / "b.xml", annotation("Tumor", crossed)))["tumor"].area == pytest.approx(8)
+
+
+def test_asap_files_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "tumor_001.xml"
+
+    def reason() -> str:
+        with pytest.raises(ValueError) as raised:
+            read_regions(path)
+        return str(raised.value)
+
+    assert reason() == f"{path}: cannot be read as ASAP's XML (No such file or directory)"
+    path.write_text("<ASAP_Annotations><Annotations>")
+    assert f"{path}: cannot be read as ASAP's XML (no element found: line 1" in reason()
+    annotations(path)
+    assert f"{path}: no area in it: expected Annotation elements with at least three Coordinate" in reason()
+    annotations(path, square(0, 0, 9, 9, "_2"))
+    assert "of another group than holes; delete the file if nothing is drawn" in reason()
+    annotations(path, annotation("_0", '<Coordinate Order="0" X="1" />'))
+    assert f"{path}: annotation 0 has a Coordinate whose X or Y is no number" in reason()
+    bomb = "".join(f'<!ENTITY e{n} "{"".join(f"&e{n - 1};" for _ in range(10))}">' for n in range(1, 12))
+    path.write_text(f'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY e0 "lol">{bomb}]><a>&e11;</a>')
+    assert f"{path}: cannot be read as ASAP's XML (" in reason()
+
+
+def test_a_table_of_slides_may_name_asap_files(tmp_path: Path) -> None:
+    slide(tmp_path / "s.tif", 0)
+    annotations(tmp_path / "s.xml", square(*UPPER_HALF, "_0"))
+    (tmp_path / "slides.csv").write_text("path,labels\ns.tif,s.xml\n")
+    assert pack("slides", tmp_path / "slides.csv", tmp_path / "out", *TILES) == 0
+    assert labels(tmp_path / "out").keys() == {"tumor"}
