@@ -401,7 +401,7 @@ def test_camelyon17(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert about["label"] is None and "center" not in about
     table.write_text("patient,stage\npatient_000_node_0.tif,pN0\n")
     message = refused(capsys, "camelyon", data, tmp_path / "bad", *TILES)
-    assert f"{table}: patient_000_node_0.tif: the label is 'pN0'; expected one of normal, negative, tumor" in message
+    assert f"{table}: patient_000_node_0.tif: the label is 'pN0'; expected one of normal, tumor, negative" in message
     table.write_bytes(b"\xff\xfe\x00")
     assert f"{table}: cannot be read as a table" in refused(capsys, "camelyon", data, tmp_path / "bad", *TILES)
     slide(data / "patient_000_node_0.tif", 0)
@@ -467,6 +467,8 @@ def test_asap_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "of another group than holes; delete the file if nothing is drawn" in reason()
     annotations(path, annotation("_0", '<Coordinate Order="0" X="1" />'))
     assert f"{path}: annotation 0 has a Coordinate whose X or Y is no number" in reason()
+    annotations(path, square(0, 0, 9, 9, "_0"), square(0, float("inf"), 9, 9, "_0"))
+    assert f"{path}: annotation 1 has a Coordinate whose X or Y is no number" in reason()
     bomb = "".join(f'<!ENTITY e{n} "{"".join(f"&e{n - 1};" for _ in range(10))}">' for n in range(1, 12))
     path.write_text(f'<?xml version="1.0"?><!DOCTYPE a [<!ENTITY e0 "lol">{bomb}]><a>&e11;</a>')
     assert f"{path}: cannot be read as ASAP's XML (" in reason()
@@ -478,3 +480,14 @@ def test_a_table_of_slides_may_name_asap_files(tmp_path: Path) -> None:
     (tmp_path / "slides.csv").write_text("path,labels\ns.tif,s.xml\n")
     assert pack("slides", tmp_path / "slides.csv", tmp_path / "out", *TILES) == 0
     assert labels(tmp_path / "out").keys() == {"tumor"}
+
+
+def test_a_table_of_slides_may_say_the_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate("ab"):
+        slide(tmp_path / f"{name}.tif", number)
+    table, out = tmp_path / "slides.csv", tmp_path / "out"
+    table.write_text("path,split\na.tif,train\nb.tif,held-out\n")
+    assert pack("slides", table, out, *TILES, "--split", "column") == 0
+    assert {path.parent.name for path in out.glob("*/index.json")} == {"train", "held-out"}
+    message = refused(capsys, "slides", tmp_path / "a.tif", tmp_path / "bad", *TILES, "--split", "column")
+    assert "--split column: only with a table, which has a column split" in message

@@ -149,7 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Exit code 0, or 1 if slides or tiles were left out because they cannot be read."""
     from ssl_platform.data.slides.listing import list_slides, with_patients
 
-    rows = list_slides(arguments.input)
+    rows = list_slides(arguments.input, splits=arguments.split == ["column"])
     if arguments.patients is not None:
         rows = with_patients(rows, arguments.patients)
     return pack_slides(rows, arguments)

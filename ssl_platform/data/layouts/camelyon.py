@@ -34,7 +34,8 @@ logger = logging.getLogger(__name__)
 COLUMNS = ("center", "slide_label")
 _SLIDE = re.compile(r"(normal|tumor|test)_\d{3}|patient_(\d{3})_node_\d")
 _HEALTHY = ("normal", "negative")
-_STAGES = ("negative", "itc", "micro", "macro")
+_LABELS = ("normal", "tumor", "negative", "itc", "micro", "macro")
+"""Of slides: of Camelyon16 the first two."""
 _PATIENTS_PER_CENTER = 20
 _TRAINING_PATIENTS = 100
 
@@ -85,7 +86,8 @@ def slides(arguments: argparse.Namespace) -> list[SlideRow]:
             len(unknown), unknown[0],
         )  # fmt: skip
     ill = [name for name, label in sorted(labels.items()) if label not in _HEALTHY and name in found.slides]
-    if bare := [name for name in ill if name not in found.annotations]:
+    bare = [name for name in ill if name not in found.annotations]
+    if bare and arguments.labels == "lesions":
         logger.warning(
             "%d of %d slides with metastases have no annotation (lesion_annotations/%s.xml, ...), so their tiles have no "
             "label of a lesion",
@@ -160,12 +162,11 @@ def _slide_labels(found: _Found) -> dict[str, str]:
                 rows = [(cells[0], cells[1] if len(cells) > 1 else "") for cells in csv.reader(file) if cells]
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{table}: cannot be read as a table ({error})") from error
-        known = (*_HEALTHY, "tumor", *_STAGES)
         for cell, text in rows:
             name, label = Path(cell.strip().lower()).stem, text.strip().lower()
             if not _SLIDE.fullmatch(name):  # the header, and the stages of patients
                 continue
-            if label not in known:
-                raise ValueError(f"{table}: {cell}: the label is '{text}'; expected one of {', '.join(known)}")
+            if label not in _LABELS:
+                raise ValueError(f"{table}: {cell}: the label is '{text}'; expected one of {', '.join(_LABELS)}")
             labels[name] = label
     return labels

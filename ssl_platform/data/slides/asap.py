@@ -1,5 +1,6 @@
 """Regions of a slide as ASAP writes them (XML), with the names that Camelyon16 and Camelyon17 give their groups."""
 
+import math
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -32,7 +33,7 @@ def read_xml(path: Path, shapely: Any) -> dict[str, Any]:
         if len(corners) < 3:
             continue
         area = shapely.make_valid(shapely.Polygon(corners))
-        parts = [part for part in shapely.get_parts(area, return_index=False) if part.geom_type == "Polygon"]
+        parts = [part for part in shapely.get_parts(area) if part.geom_type == "Polygon"]
         if group.lower() in _HOLE_GROUPS:
             holes += parts
         else:
@@ -59,8 +60,9 @@ def _corners(path: Path, number: int, annotation: ElementTree.Element) -> list[t
     try:
         if all(order.isdecimal() for order, _, _ in found):
             found.sort(key=lambda place: int(place[0]))
-        return [(float(x or ""), float(y or "")) for _, x, y in found]
-    except ValueError as error:
-        raise ValueError(
-            f"{path}: annotation {number} has a Coordinate whose X or Y is no number ({error}); get the file anew"
-        ) from error
+        corners = [(float(x or ""), float(y or "")) for _, x, y in found]
+    except ValueError:
+        corners = [(math.nan, math.nan)]
+    if not all(math.isfinite(value) for corner in corners for value in corner):
+        raise ValueError(f"{path}: annotation {number} has a Coordinate whose X or Y is no number; download it again")
+    return corners
