@@ -448,6 +448,8 @@ def test_asap_groups_and_holes(tmp_path: Path) -> None:
     assert areas["tumor"].bounds == (0, 0, 30.5, 10), "ASAP counts from the corner of the whole slide"
     crossed = '<Coordinate X="0" Y="0" /><Coordinate X="4" Y="4" /><Coordinate X="4" Y="0" /><Coordinate X="0" Y="4" />'
     assert read_regions(annotations(tmp_path / "b.xml", annotation("Tumor", crossed)))["tumor"].area == pytest.approx(8)
+    spiked = crossed + '<Coordinate X="0" Y="8" /><Coordinate X="0" Y="4" />'
+    assert read_regions(annotations(tmp_path / "c.xml", annotation("Tumor", spiked)))["tumor"].area == pytest.approx(8)
 
 
 def test_asap_files_that_cannot_be_read(tmp_path: Path) -> None:

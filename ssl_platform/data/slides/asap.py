@@ -32,8 +32,7 @@ def read_xml(path: Path, shapely: Any) -> dict[str, Any]:
         corners = _corners(path, number, annotation)
         if len(corners) < 3:
             continue
-        area = shapely.make_valid(shapely.Polygon(corners))
-        parts = [part for part in shapely.get_parts(area) if part.geom_type == "Polygon"]
+        parts = polygons(shapely.make_valid(shapely.Polygon(corners)), shapely)
         if group.lower() in _HOLE_GROUPS:
             holes += parts
         else:
@@ -47,6 +46,11 @@ def read_xml(path: Path, shapely: Any) -> dict[str, Any]:
     if TUMOUR in found and holes:
         found[TUMOUR] = shapely.difference(found[TUMOUR], shapely.union_all(holes))
     return found
+
+
+def polygons(shape: Any, shapely: Any) -> list[Any]:
+    """The polygons of any geometry, of the MultiPolygons in a collection too."""
+    return [part for part in shapely.get_parts(shapely.get_parts(shape)) if part.geom_type == "Polygon"]
 
 
 def _class(group: str) -> str:

@@ -38,8 +38,7 @@ def read_regions(path: Path, origin: tuple[float, float] = (0, 0)) -> dict[str, 
         except Exception as error:  # shapely raises whatever a wrong nesting makes NumPy raise
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path}: feature {number} is not a GeoJSON feature with a geometry ({what})") from error
-        parts = [part for part in shapely.get_parts(shapely.make_valid(shape)) if part.geom_type == "Polygon"]
-        areas.setdefault(name, []).extend(parts)
+        areas.setdefault(name, []).extend(asap.polygons(shapely.make_valid(shape), shapely))
     found = {name: shapely.union_all(parts) for name, parts in areas.items() if parts}
     if not found:
         raise ValueError(f"{path}: no Polygon or MultiPolygon in it, so there is no region")
