@@ -27,21 +27,28 @@ examples:
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ssl_platform.data.slides.listing import SlideRow
     from ssl_platform.data.slides.tiling import SlidePlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    from ssl_platform.data.pack_options import add_pack_options, count
-
     parser.add_argument("input", metavar="INPUT", type=Path, help="folder of slides, table, or one slide")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards, empty or new")
-    parser.add_argument("--preview", metavar="DIR", type=Path, help="a picture of each slide with its tiles drawn in")
     parser.add_argument("--patients", metavar="CSV", type=Path, help="columns slide and patient: patients are groups")
+    add_slide_options(parser)
+
+
+def add_slide_options(parser: argparse.ArgumentParser) -> None:
+    """The options that `pack_slides` reads, besides `out`."""
+    from ssl_platform.data.pack_options import add_pack_options, count
+
+    parser.add_argument("--preview", metavar="DIR", type=Path, help="a picture of each slide with its tiles drawn in")
     parser.add_argument(
         "--index-only", action="store_true", help="leave the pixels in the slides, for training to read"
     )
@@ -140,19 +147,29 @@ def _add_regions(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Exit code 0, or 1 if slides or tiles were left out because they cannot be read."""
+    from ssl_platform.data.slides.listing import list_slides, with_patients
+
+    rows = list_slides(arguments.input, splits=arguments.split == ["column"])
+    if arguments.patients is not None:
+        rows = with_patients(rows, arguments.patients)
+    return pack_slides(rows, arguments)
+
+
+def pack_slides(rows: "Sequence[SlideRow]", arguments: argparse.Namespace, settings: Mapping[str, Any] = {}) -> int:
+    """Cuts and packs slides that are listed; `settings` are the caller's own that decide what is packed.
+
+    The exit code is `run`'s.
+    """
     from ssl_platform.data.identity import lookup_folder, own_salt
     from ssl_platform.data.pack import report
     from ssl_platform.data.pack_options import names_as_asked, pack_as_asked
     from ssl_platform.data.slides import planning, tiles, tiling
-    from ssl_platform.data.slides.listing import keyed, list_slides, with_patients, with_regions
+    from ssl_platform.data.slides.listing import keyed, with_regions
     from ssl_platform.data.tars import write_json
 
     later = _tile_checks(arguments)
     if arguments.shard_megabytes is not None:
         raise ValueError("--shard-megabytes: the sizes of tiles are not known before; use --samples-per-shard")
-    rows = list_slides(arguments.input)
-    if arguments.patients is not None:
-        rows = with_patients(rows, arguments.patients)
     rows = with_regions(
         rows,
         {
@@ -179,7 +196,7 @@ def run(arguments: argparse.Namespace) -> int:
         reasons = [plan.failed or plan.left_out for plan in plans]
         raise ValueError(f"nothing to pack: none of the {len(rows)} slides has a tile; the first: {reasons[0]}")
     asked = {f"slides.{name}": value for name, value in (options._asdict() | later._asdict()).items()}
-    packed = pack_as_asked(items, arguments.out, asked, arguments, tile=arguments.tile)
+    packed = pack_as_asked(items, arguments.out, {**settings, **asked}, arguments, tile=arguments.tile)
     for folder in (folder for folder, *_ in packed if (folder / "pack.json").exists()):  # else no part has begun it
         write_json(folder / tiles.REPORT, planning.report(plans, options, later))
     if arguments.index_only:

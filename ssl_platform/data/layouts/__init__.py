@@ -4,15 +4,24 @@ A layout is a module with `items(folder, arguments) -> list[Item]`. Its docstrin
 line the summary. Where it has options of its own it has `add_arguments(parser)` and `settings(arguments) -> dict`, the
 part of them that decides what is packed. `COLUMNS` names the columns of its items that are stored although names are
 hidden: nothing in them may say who somebody is. Items with `split` are packed into a folder for each split.
+
+A layout that is not packed item by item has `run(arguments) -> exit code` in place of `items` and `settings`; its
+`add_arguments` then adds all options, those of packing too.
 """
 
 import argparse
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ssl_platform.config import plugin_names
+
+if TYPE_CHECKING:  # torch takes seconds to load, --help should not
+    from ssl_platform.data.slides.listing import SlideRow
+    from ssl_platform.data.sources import Item
+
+Row = TypeVar("Row", "Item", "SlideRow")
 
 MAX_NAMED = 5
 """So many of the things that are missing are named in an error."""
@@ -39,6 +48,9 @@ class LayoutCommand:
         parser.add_argument(
             "--without-splits", action="store_true", help="one folder of shards, whatever splits the data set has"
         )
+        if hasattr(self.layout, "run"):
+            self.layout.add_arguments(parser)
+            return
         if hasattr(self.layout, "add_arguments"):
             self.layout.add_arguments(parser.add_argument_group(f"{self.name}"))
         add_pack_options(parser)
@@ -50,27 +62,37 @@ class LayoutCommand:
 
         if not arguments.folder.is_dir():
             raise ValueError(f"{arguments.folder}: no such folder; expected {self.name} as it is unpacked")
-        items = self.layout.items(arguments.folder, arguments)
-        if arguments.without_splits and arguments.split is not None:
-            raise ValueError("--without-splits and --split: one or the other")
-        if arguments.split is None and not arguments.without_splits and any(item.split for item in items):
-            arguments.split = ["column"]
-        if arguments.split != ["column"]:
-            items = [item._replace(split=None) for item in items]
-        elif not all(item.split for item in items):
-            raise ValueError(
-                f"--split column: {self.name} says no splits here; give shares, such as train=0.9 test=0.1"
-            )
+        if hasattr(self.layout, "run"):
+            return int(self.layout.run(arguments))
+        items = splits_as_asked(self.layout.items(arguments.folder, arguments), arguments, self.name)
         if arguments.shard_megabytes is not None and not all(item.is_whole for item in items):
             raise ValueError(
                 "--shard-megabytes: the sizes of parts of files are not known before; use --samples-per-shard"
             )
-        if not arguments.plain_names:
-            there = {name for item in items for name, _ in item.columns}
-            arguments.keep_columns += [name for name in getattr(self.layout, "COLUMNS", ()) if name in there]
+        keep_columns(items, arguments, getattr(self.layout, "COLUMNS", ()))
         own = self.layout.settings(arguments) if hasattr(self.layout, "settings") else {}
         asked = {"layout": self.name} | {f"{self.name}.{key}": value for key, value in own.items()}
         return report(pack_as_asked(items, arguments.out, asked, arguments), arguments.allow_bad)
+
+
+def splits_as_asked(rows: Sequence[Row], arguments: argparse.Namespace, layout: str) -> list[Row]:
+    """The items or slides with the splits of their data set, or without if other splits or none are asked for."""
+    if arguments.without_splits and arguments.split is not None:
+        raise ValueError("--without-splits and --split: one or the other")
+    if arguments.split is None and not arguments.without_splits and any(row.split for row in rows):
+        arguments.split = ["column"]
+    if arguments.split != ["column"]:
+        return [row._replace(split=None) for row in rows]
+    if not all(row.split for row in rows):
+        raise ValueError(f"--split column: {layout} says no splits here; give shares, such as train=0.9 test=0.1")
+    return list(rows)
+
+
+def keep_columns(rows: "Sequence[Item | SlideRow]", arguments: argparse.Namespace, columns: Sequence[str]) -> None:
+    """Adds those of a layout's columns that there are to the columns that are stored."""
+    if not arguments.plain_names:
+        there = {name for row in rows for name, _ in row.columns}
+        arguments.keep_columns += [name for name in columns if name in there and name not in arguments.keep_columns]
 
 
 def missing(folder: Path, wanted: Iterable[str], layout: str) -> ValueError:

@@ -28,9 +28,13 @@ class SlideRow(NamedTuple):
     group: int | str | None = None
     columns: tuple[tuple[str, str], ...] = ()
     regions: tuple[tuple[str, Path], ...] = ()
-    """GeoJSON files: of `include`, `exclude` and `labels` those that there are."""
+    """GeoJSON or ASAP's XML files: of `include`, `exclude` and `labels` those that there are."""
     key: str = ""
     """What stands for the slide where its name must not; see `keyed`."""
+    split: str | None = None
+    """The split that its data set puts it into."""
+    outside: str | None = None
+    """The label of tiles outside all regions of `labels`, where these are known to be complete."""
 
 
 def folder_slides(folder: Path) -> list[SlideRow]:
@@ -63,13 +67,13 @@ def _series(path: Path) -> str:
         return ""
 
 
-def table_slides(table: Path) -> list[SlideRow]:
+def table_slides(table: Path, splits: bool = False) -> list[SlideRow]:
     """The rows of a CSV or TSV file: path, and if given mpp, label, group or patient, include, exclude, labels.
 
-    Raises ValueError that names the row.
+    With `splits` the column split says which split a slide is in. Raises ValueError that names the row.
     """
     rows = []
-    for item in manifest_items(table, tiles=False):
+    for item in manifest_items(table, tiles=False, splits=splits):
         columns = dict(item.columns)
         if taken := [name for name in columns if name in OURS and name != "mpp"]:
             raise ValueError(f"{table}: column '{taken[0]}': every tile gets a column of this name; rename yours")
@@ -87,6 +91,7 @@ def table_slides(table: Path) -> list[SlideRow]:
                 group=patient if item.group is None else item.group,
                 columns=tuple(columns.items()),
                 regions=regions,
+                split=item.split,
             )
         )
     if twice := [name for name, times in Counter(row.name for row in rows).items() if times > 1]:
@@ -104,13 +109,15 @@ def _mpp(table: Path, name: str, text: str) -> float | None:
     return mpp
 
 
-def list_slides(source: Path) -> list[SlideRow]:
+def list_slides(source: Path, splits: bool = False) -> list[SlideRow]:
     """The slides of a folder, a table, or a single slide; raises ValueError if that is neither."""
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
+    if splits and (source.is_dir() or not is_manifest(source)):
+        raise ValueError("--split column: only with a table, which has a column split")
     if source.is_dir():
         return folder_slides(source)
-    return table_slides(source) if is_manifest(source) else [SlideRow(source, source.name)]
+    return table_slides(source, splits) if is_manifest(source) else [SlideRow(source, source.name)]
 
 
 def keyed(rows: Sequence[SlideRow], names: Names) -> list[SlideRow]:

@@ -107,7 +107,7 @@ def _digest(row: SlideRow, options: Options) -> str:
     """Changes with the slide's file, its regions' files, and all that was asked for."""
     files = [row.path, *(path for _, path in row.regions)]
     states = [(state.st_size, state.st_mtime_ns) for file in files if (state := _state(file))]
-    text = repr((FORMAT, row.key, row.name, row.mpp, [kind for kind, _ in row.regions], states, options))
+    text = repr((FORMAT, row.key, row.name, row.mpp, [kind for kind, _ in row.regions], row.outside, states, options))
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
 
@@ -123,7 +123,7 @@ def items(rows: Sequence[SlideRow], plans: Sequence[SlidePlan], options: Options
         group = row.name if row.group is None else row.group
         labels: Sequence[int | str | None] = plan.labels or [row.label] * len(plan.corners)
         found += [
-            Item(row.path, row.name, label, group, row.columns, corner, medium="slide", slide=tiles)
+            Item(row.path, row.name, label, group, row.columns, corner, row.split, "slide", tiles)
             for corner, label in zip(plan.corners, labels, strict=True)
         ]
     return found

@@ -1,4 +1,4 @@
-"""Regions of a slide as QuPath exports them (GeoJSON), and how much of each tile lies in them."""
+"""Regions of a slide as QuPath (GeoJSON) or ASAP (XML) writes them, and how much of each tile lies in them."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl_platform.data.slides import asap
+
 UNNAMED = ""
 """The class of a region that QuPath gave none."""
 
@@ -16,9 +18,12 @@ def read_regions(path: Path, origin: tuple[float, float] = (0, 0)) -> dict[str, 
     """{class: shapely geometry} of the areas in a GeoJSON file, in pixels of level 0; `origin` is added to them.
 
     A FeatureCollection, a bare list of features, or one feature; Polygon and MultiPolygon (with holes) are areas, of a
-    GeometryCollection its areas; points and lines are passed over. Raises ValueError that names the file.
+    GeometryCollection its areas; points and lines are passed over. ASAP's XML counts from the corner of the whole slide,
+    and knows no origin: see `asap`. Raises ValueError that names the file.
     """
     shapely = _shapely()
+    if path.suffix.lower() == ".xml":
+        return asap.read_xml(path, shapely)
     try:
         contents = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError) as error:
@@ -33,8 +38,7 @@ def read_regions(path: Path, origin: tuple[float, float] = (0, 0)) -> dict[str, 
         except Exception as error:  # shapely raises whatever a wrong nesting makes NumPy raise
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path}: feature {number} is not a GeoJSON feature with a geometry ({what})") from error
-        parts = [part for part in shapely.get_parts(shapely.make_valid(shape)) if part.geom_type == "Polygon"]
-        areas.setdefault(name, []).extend(parts)
+        areas.setdefault(name, []).extend(asap.polygons(shapely.make_valid(shape), shapely))
     found = {name: shapely.union_all(parts) for name, parts in areas.items() if parts}
     if not found:
         raise ValueError(f"{path}: no Polygon or MultiPolygon in it, so there is no region")
@@ -55,6 +59,11 @@ def _class_name(properties: Mapping[str, Any]) -> str:
 def union(areas: Mapping[str, Any]) -> Any:
     """All that any class covers."""
     return _shapely().union_all(list(areas.values()))
+
+
+def outside(areas: Mapping[str, Any], boxes: NDArray[np.float64]) -> Any:
+    """What no class covers of the rectangle around the boxes (N, 4)."""
+    return _shapely().box(*boxes[:, :2].min(0), *boxes[:, 2:].max(0)).difference(union(areas))
 
 
 def region_shares(area: Any, boxes: NDArray[np.float64]) -> NDArray[np.float64]:

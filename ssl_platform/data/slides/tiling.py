@@ -134,6 +134,8 @@ def _plan(plan: SlidePlan, row: SlideRow, options: Options) -> Mask:
         return mask
     if path := dict(row.regions).get("labels"):
         areas = regions.read_regions(path, _geojson_origin(row, options))
+        if row.outside is not None:
+            areas[row.outside] = regions.outside(areas, boxes)
         plan.labels = list(regions.labels(areas, boxes[chosen], options.label_share))
     if options.stain != "none":
         _measure_stain(plan, row, options)
