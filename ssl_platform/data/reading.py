@@ -40,10 +40,7 @@ class ShardReader:
         data = os.pread(file, place.stop - place.start, place.start)
         if len(data) != place.stop - place.start:
             raise ValueError(f"the shard ends at byte {place.start + len(data)}, inside this sample")
-        record = parse_record(data)
-        return (
-            tiles.with_pixels(record, self.index.shards[place.shard]) if tiles.REFERENCE in record.members else record
-        )
+        return tiles.resolved(parse_record(data), self.index.shards[place.shard])
 
     def shard_name(self, sample: int) -> str:
         return self.index.shards[self.index.shard_number(sample)].name

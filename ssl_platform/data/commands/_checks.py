@@ -16,6 +16,7 @@ from ssl_platform.data.commands._jobs import results
 from ssl_platform.data.commands._options import printable
 from ssl_platform.data.index_files import _read_rows, read_description
 from ssl_platform.data.reading import reason
+from ssl_platform.data.slides import tiles
 from ssl_platform.data.tars import Record, ShardScan, _members, parse_record, scan_shard
 
 Value = int | str | None
@@ -186,7 +187,7 @@ def _check_shard(job: _Job, decode: bool) -> Checked:
             for why in _bad_record(record, job.declared):
                 wrong(record.key, why)
             if decode:
-                bad, decoded = _bad_media(record)
+                bad, decoded = _bad_media(record, job.path)
                 found.decoded += decoded
                 for why in bad:
                     wrong(record.key, why)
@@ -272,9 +273,13 @@ def _said(value: Value) -> str:
     return "none" if value is None else repr(value)
 
 
-def _bad_media(record: Record) -> tuple[list[str], int]:
+def _bad_media(record: Record, shard: Path) -> tuple[list[str], int]:
     """What cannot be decoded, and 1 if something could."""
     bad, decoded = [], 0
+    try:
+        record = tiles.resolved(record, shard)
+    except Exception as error:
+        return [f"{tiles.REFERENCE}: {reason(error)}"], 0
     for extension, data in record.members.items():
         kind = extension.rpartition(".")[2]
         if kind in MEDIA:

@@ -88,6 +88,11 @@ def files_of(index: Index) -> list[Path]:
     return files
 
 
+def folders_of(index: Index) -> list[Path]:
+    """The folders that its shards lie in, each once."""
+    return list(dict.fromkeys(file.parent for file in files_of(index)))
+
+
 def sample_jobs(index: Index, samples: NDArray[np.int64]) -> list[NDArray[np.int64]]:
     """Ascending sample ids in jobs of consecutive ones, none of which reaches over two shards."""
     shards = index.shard_of[samples]
