@@ -26,6 +26,7 @@ from ssl_platform.data.transfer import RemoteError, Transfers
 from ssl_platform.location import Url
 from ssl_platform.train import main as train
 from tests.misbehaving import Server, served
+from tests.test_index import labelled_tar
 from tests.test_shards import assert_equal, batches, write_shards
 
 ROOT = Path(__file__).parents[1]
@@ -448,6 +449,39 @@ def test_a_cache_that_is_too_small(server: Server, tmp_path: Path, capsys: pytes
         "data.cache_gigabytes 0.0002 is too small: a shuffle window of window_shards 2 and the next one, fetched meanwhile, "
         "need up to 0.000492 GB; set it to at least 0.000516, or lower window_shards"
     )
+
+
+def test_a_cache_that_is_too_small_for_a_mixture(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two windows for each source and class, but nothing twice; shards on this disk need no room."""
+    for name, labels in (("a", "xy"), ("b", "z")):
+        (tmp_path / "served" / name).mkdir()
+        for number in range(4):
+            labelled_tar(tmp_path / "served" / name / f"{number}.tar", list(labels) * 2)
+        Index.open(tmp_path / "served" / name)  # writes the index beside them
+    (size,) = {path.stat().st_size for path in (tmp_path / "served/b").glob("*.tar")}
+    (larger,) = {path.stat().st_size for path in (tmp_path / "served/a").glob("*.tar")}
+
+    def said(gigabytes: float, *sources: str) -> str:
+        overrides = [f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}", "data.window_shards=1"]
+        text = SMOKE.read_text().replace("shards: ../../tests/data/skin_tiles, ", "")
+        (tmp_path / "mixture.yaml").write_text(text)
+        assert (
+            train([str(tmp_path / "mixture.yaml"), *overrides, *sources, f"data.cache_gigabytes={gigabytes:.9f}"]) == 1
+        )
+        return capsys.readouterr().err.partition(" ERROR ")[2].strip()
+
+    a, b = f"data.sources.a.shards={server.url}/a", f"data.sources.b.shards={server.url}/b"
+    for needed, number, sources in (
+        (2 * larger + 2 * size, 2, (a, b)),
+        (4 * larger + 2 * size, 3, (a, b, "data.sources.a.balance=label")),
+        (2 * larger, 2, (a, f"data.sources.b.shards={tmp_path / 'served/b'}")),
+    ):
+        refusal = said((needed - 1) / 1e9, *sources)
+        assert f"and the next one, fetched meanwhile, for each of {number} sources and classes" in refusal
+        assert f"need up to {needed / 1e9:.3g} GB; set it to at least {needed * 1.05 / 1e9:.3g}" in refusal
+        assert "too small" not in said((needed + 1) / 1e9, *sources)
 
 
 def test_a_cache_folder_that_cannot_be_written(server: Server, tmp_path: Path) -> None:

@@ -201,6 +201,18 @@ def summary(sources: Mapping[str, SourceConfig], order: Order, num_positions: in
     return lines
 
 
+def check_room(index: Index, order: Order, window_shards: int) -> None:
+    """Raises ConfigError if the cache of remote shards cannot hold what the order reads and fetches at a time."""
+    if index.remote is None:
+        return
+    pools = [pool for source in order.sources for pool in source.pools]
+    shards = [np.searchsorted(index.shard_ranges[:, 1], pool.first_samples, side="right").tolist() for pool in pools]
+    try:
+        index.remote.check_room([[index.shards[shard] for shard in numbers] for numbers in shards], window_shards)
+    except ValueError as error:
+        raise ConfigError([f"data.{error}"]) from error
+
+
 def doubtful_cache(cache_shards: int, window_shards: int, index: Index, order: Order) -> list[str]:
     """A line if the windows in use need more shards at a time than are kept open."""
     num_windows = sum(len(source.pools) for source in order.sources)

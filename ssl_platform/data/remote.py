@@ -149,15 +149,21 @@ class Remote:
         self.sizes[url] = about["shards"][0]["bytes"]
         return about, rows, [0]
 
-    def check_room(self, window_shards: int) -> None:
-        """Raises ValueError if the cache cannot hold a shuffle window and the one that is fetched meanwhile."""
-        needed = sum(heapq.nlargest(2 * window_shards, self.sizes.values()))
+    def check_room(self, pools: Sequence[Sequence[Path | Url]], window_shards: int) -> None:
+        """Raises ValueError if the cache cannot hold a shuffle window and the next one, fetched meanwhile, of every pool.
+
+        pools: the shards of each source of a mixture and each class that it balances; shards may be in several.
+        """
+        every = [[self.sizes.get(shard, 0) for shard in pool if isinstance(shard, Url)] for pool in pools]
+        needed = sum(sum(heapq.nlargest(2 * window_shards, sizes)) for sizes in every)
+        needed = min(needed, sum(self.sizes.values()))
         if needed > self.settings.cache_gigabytes * 1e9:
             enough = needed * 1.05 / 1e9
+            each = f" for each of {len(pools)} sources and classes" if len(pools) > 1 else ""
             raise ValueError(
                 f"cache_gigabytes {self.settings.cache_gigabytes:g} is too small: a shuffle window of window_shards "
-                f"{window_shards} and the next one, fetched meanwhile, need up to {needed / 1e9:.3g} GB; set it to at least "
-                f"{enough:.3g}, or lower window_shards"
+                f"{window_shards} and the next one, fetched meanwhile,{each} need up to {needed / 1e9:.3g} GB; set it to at "
+                f"least {enough:.3g}, or lower window_shards"
             )
 
 
