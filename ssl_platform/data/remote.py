@@ -1,5 +1,6 @@
 """Shards behind URLs: their index is read first, and their bytes come through the node's cache, fetched ahead of use."""
 
+import argparse
 import heapq
 import logging
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,25 @@ class RemoteSettings:
     retries: int = 7
     allow_pipe: bool = False
 
+    @classmethod
+    def of_arguments(cls, arguments: argparse.Namespace) -> "RemoteSettings":
+        """What the options of `add_cache_arguments` say."""
+        return cls(cache_dir=arguments.cache_dir, cache_gigabytes=arguments.cache_gigabytes)
+
+
+def add_cache_arguments(parser: "argparse._ActionsContainer") -> None:
+    """`--cache-dir` and `--cache-gigabytes`, of every command that reads shards behind URLs."""
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=default_cache_dir(),
+        metavar="DIR",
+        help="where copies of shards behind URLs are kept (%(default)s)",
+    )
+    parser.add_argument(
+        "--cache-gigabytes", type=float, default=50.0, metavar="N", help="so much of it at most (%(default)s)"
+    )
+
 
 class Remote:
     """The remote shards of one Index."""
@@ -67,6 +88,17 @@ class Remote:
             ) from error
         transfers = Transfers(self.settings.timeout_seconds, self.settings.retries, stop)
         return ShardCache(folder, int(self.settings.cache_gigabytes * 1e9), self._opened, transfers)
+
+    @contextmanager
+    def copy(self, url: Url) -> Iterator[Path]:
+        """A complete copy of a shard as a file, which stays while the block runs; raises RemoteError."""
+        cache = self.cache(threading.Event())  # of its own: this may be a forked process
+        cache.pin([url])
+        try:
+            os.close(cache.open(url, self.sizes.get(url)))
+            yield cache.entry(url).file
+        finally:
+            cache.close()
 
     # -- index ---------------------------------------------------------------------------------------------------------
 
