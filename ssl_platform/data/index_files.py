@@ -46,7 +46,7 @@ def open_folder(folder: Path, names: Sequence[str] | None) -> tuple[dict[str, An
     if about is None:
         about, rows = index_folder(folder, names or [])
     else:
-        rows = _read_rows(folder, about)
+        rows = read_rows(folder, about)
         unknown = {*(names or [])} - _shard_names(about)
         if unknown and not about["scanned"]:
             raise ValueError(f"{folder / min(unknown)}: not in the index.json beside it; move it to its own folder")
@@ -70,7 +70,7 @@ def open_fetched(
     folder: Path, about: dict[str, Any], names: Sequence[str] | None
 ) -> tuple[dict[str, Any], NDArray[Any], list[int]]:
     """The same of a folder that holds only the index, whose shards lie elsewhere."""
-    rows = _read_rows(folder, about)
+    rows = read_rows(folder, about)
     if bad := sorted(name for name in _shard_names(about) if not is_plain(name)):
         raise ValueError(f"{folder / 'index.json'}: {bad[0]!r} is no name of a shard in this folder")
     if unknown := {*(names or [])} - _shard_names(about):
@@ -349,7 +349,7 @@ def _changed(folder: Path, about: Mapping[str, Any], names: Sequence[str]) -> se
     return changed
 
 
-def _read_rows(folder: Path, about: Mapping[str, Any]) -> NDArray[Any]:
+def read_rows(folder: Path, about: Mapping[str, Any]) -> NDArray[Any]:
     """The rows, mapped; raises ValueError if the file is not of the type and length that `about` says.
 
     What the rows say is checked where it is cheap, at both ends of each shard; `Index` checks each that it hands out.

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from ssl_platform.data.commands._examine import MEDIA, parse_json
 from ssl_platform.data.commands._jobs import results
 from ssl_platform.data.commands._options import printable
-from ssl_platform.data.index_files import _read_rows, read_description
+from ssl_platform.data.index_files import read_description, read_rows
 from ssl_platform.data.reading import reason
 from ssl_platform.data.remote import Remote, RemoteSettings
 from ssl_platform.data.slides import tiles
-from ssl_platform.data.tars import Record, ShardScan, _members, parse_record, scan_shard
+from ssl_platform.data.tars import Record, ShardScan, parse_record, scan_shard, tar_members
 from ssl_platform.data.transfer import RemoteError
 from ssl_platform.location import Url
 
@@ -135,7 +135,7 @@ def _jobs(folder: Path, names: list[str] | None, problems: list[Problem], with_f
     try:
         about = read_description(folder)
         if about is not None:
-            rows = _read_rows(folder, about)
+            rows = read_rows(folder, about)
     except ValueError as error:
         about = None
         problems.append(Problem(f"{prefix}index.json", "", _without(reason(error), folder)))
@@ -243,7 +243,7 @@ def _bad_members(path: Path) -> Iterator[tuple[str, str]]:
     """Members that no sample should have, by the headers alone; a damaged tar ends the search, and is told elsewhere."""
     try:
         with path.open("rb") as file:
-            for member, _ in _members(file):
+            for member, _ in tar_members(file):
                 parts = PurePosixPath(member.name).parts
                 if member.name.startswith("/"):
                     yield member.name, "absolute name"

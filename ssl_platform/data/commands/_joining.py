@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ssl_platform.data.commands._jobs import files_of, folders_of, read_keys, results
-from ssl_platform.data.commands._out import Unfinished, shard_name, unfinished
+from ssl_platform.data.commands._out import Unfinished, unfinished
 from ssl_platform.data.index import Index
 from ssl_platform.data.index_files import describe, read_description, write_index
+from ssl_platform.data.pack_state import shard_name
 from ssl_platform.data.reading import ShardReader
 from ssl_platform.data.slides import tiles
 from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard

@@ -5,17 +5,11 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
+from ssl_platform.data.pack_options import count
 from ssl_platform.location import Url
 
 
-def count(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}': expected a whole number of at least 1")
-    return int(text)
-
-
-def share(text: str) -> float:
+def positive_share(text: str) -> float:
     """A number above 0, up to 1."""
     value = number(text)
     if not 0 < value <= 1:

@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_platform.data.commands._examine import Examined, examine
-from ssl_platform.data.commands._jobs import progress
 from ssl_platform.data.commands._near_duplicates import Twins, near_duplicates, read_features, thumbnail_features
 from ssl_platform.data.index import Index
 from ssl_platform.data.order import generator
 from ssl_platform.data.remote import RemoteSettings
+from ssl_platform.data.work_progress import WorkProgress
 from ssl_platform.location import Url
 
 MAX_LISTED = 200
@@ -47,12 +47,12 @@ def survey(
     pictured = [picture for _, group in chosen for picture in group]
     found = examine(index, samples, pictures=pictured, workers=workers)
     comparable = np.flatnonzero(found.has_thumbnail if given is None else [bool(hash_) for hash_ in found.hashes])
-    with progress(len(comparable), "near-duplicates") as advance:
+    with WorkProgress(len(comparable), "near-duplicates") as progress:
         if given is None:
             rows = thumbnail_features(found.thumbnails)
         else:
             rows = given if len(samples) == len(index) else given[samples]
-        twins = near_duplicates(rows, threshold, order=comparable, advance=advance)
+        twins = near_duplicates(rows, threshold, order=comparable, advance=progress.advance)
     near = _near_groups(found, twins)
     extra = [member for group in near[:_SHOWN_GROUPS] for member, _ in group[:4]]
     missing = np.array(sorted({int(samples[place]) for place in extra} - found.pictures.keys()), dtype=np.int64)

@@ -21,12 +21,13 @@ from ssl_platform.data.commands._examine import decode_members
 from ssl_platform.data.commands._jobs import files_of, folders_of, results
 from ssl_platform.data.commands._joining import cls_differs
 from ssl_platform.data.commands._options import counted
-from ssl_platform.data.commands._out import Unfinished, shard_name, unfinished
+from ssl_platform.data.commands._out import Unfinished, unfinished
 from ssl_platform.data.index import Index
 from ssl_platform.data.index_files import describe, write_index
+from ssl_platform.data.pack_state import shard_name
 from ssl_platform.data.reading import reason
 from ssl_platform.data.slides import tiles
-from ssl_platform.data.tar_writing import Shard, _count, statistics
+from ssl_platform.data.tar_writing import Shard, count_pixels, statistics
 from ssl_platform.data.tars import Record, ShardScan, atomic_file, parse_record, scan_shard
 
 logger = logging.getLogger(__name__)
@@ -152,7 +153,7 @@ def _measure(record: Record, shard: Path, written: _Written) -> None:
         written.undecoded.append(f"{shard.name}: {record.key}: {error}")
         return
     num_samples = written.sums.samples
-    _count(written.sums, media.pixels.numpy())
+    count_pixels(written.sums, media.pixels.numpy())
     written.sums.samples = num_samples + 1
 
 

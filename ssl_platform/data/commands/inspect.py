@@ -20,7 +20,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssl_platform.data.commands._options import add_workers, count, counted, share
+from ssl_platform.data.commands._options import add_workers, counted, positive_share
+from ssl_platform.data.pack_options import count
 from ssl_platform.data.remote import RemoteSettings, add_cache_arguments
 from ssl_platform.location import location
 
@@ -36,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seed", metavar="N", type=int, default=0, help="of that choice and of the pictures; default 0"
     )
     parser.add_argument(
-        "--near", metavar="COSINE", type=share, default=0.95, help="of near-duplicates; default %(default)s"
+        "--near", metavar="COSINE", type=positive_share, default=0.95, help="of near-duplicates; default %(default)s"
     )
     parser.add_argument(
         "--features", metavar="FILE.npy", type=Path, help="rows (N, D) to compare instead of thumbnails"
