@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ssl_platform.config import Config, ConfigError
 from ssl_platform.data.index import Index
-from ssl_platform.data.index_files import smallest_type
+from ssl_platform.data.index_rows import smallest_type
 from ssl_platform.data.order import Cap, Order, Pool, Source
 from ssl_platform.data.remote import RemoteSettings
 from ssl_platform.data.transfer import RemoteError

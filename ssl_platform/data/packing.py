@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssl_platform.data.identity import Names, numbered, own_salt, write_lookup
-from ssl_platform.data.index_files import describe, read_description, write_index
+from ssl_platform.data.index_files import read_description, write_index
+from ssl_platform.data.index_rows import describe
 from ssl_platform.data.media import Options
 from ssl_platform.data.pack_state import (
     Lock,

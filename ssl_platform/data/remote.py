@@ -16,7 +16,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ssl_platform.data.file_systems import check_protocol
-from ssl_platform.data.index_files import describe, is_plain, open_fetched, read_description
+from ssl_platform.data.index_files import is_plain, open_fetched, read_description
+from ssl_platform.data.index_rows import describe
 from ssl_platform.data.shard_cache import ShardCache
 from ssl_platform.data.tars import scan_shard
 from ssl_platform.data.transfer import Cancelled, RemoteError, Stop, Transfers

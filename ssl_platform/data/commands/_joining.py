@@ -16,7 +16,8 @@ import numpy as np
 from ssl_platform.data.commands._jobs import files_of, folders_of, read_keys, results
 from ssl_platform.data.commands._out import Unfinished, unfinished
 from ssl_platform.data.index import Index
-from ssl_platform.data.index_files import describe, read_description, write_index
+from ssl_platform.data.index_files import read_description, write_index
+from ssl_platform.data.index_rows import describe
 from ssl_platform.data.pack_state import shard_name
 from ssl_platform.data.reading import ShardReader
 from ssl_platform.data.slides import tiles

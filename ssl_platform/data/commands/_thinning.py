@@ -23,7 +23,8 @@ from ssl_platform.data.commands._joining import cls_differs
 from ssl_platform.data.commands._options import counted
 from ssl_platform.data.commands._out import Unfinished, unfinished
 from ssl_platform.data.index import Index
-from ssl_platform.data.index_files import describe, write_index
+from ssl_platform.data.index_files import write_index
+from ssl_platform.data.index_rows import describe
 from ssl_platform.data.pack_state import shard_name
 from ssl_platform.data.reading import reason
 from ssl_platform.data.slides import tiles
