@@ -576,6 +576,9 @@ def test_commands_on_an_index_of_places(tmp_path: Path, capsys: pytest.CaptureFi
     (lookup_folder(half) / "slides.json").unlink()
     assert main(["verify", str(half)]) == 1
     assert "need it to find their slides" in capsys.readouterr().out
+    assert main(["merge", str(half), str(tmp_path / "pixels"), str(tmp_path / "out"), "--allow-duplicate-keys"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "half.lookup/slides.json: No such file" in said and "need it to find their slides" in said
 
 
 def test_a_slide_read_in_two_ways_is_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ssl_platform.data.identity import lookup_folder
+from ssl_platform.data.index_files import read_description
 from ssl_platform.data.slides import stain
 from ssl_platform.data.slides.checks import sharpness
 from ssl_platform.data.slides.reading import SlideTiles, read_area
@@ -76,13 +77,15 @@ def resolved(record: Record, shard: object) -> Record:
 def join_tables(folders: Iterable[Path], out: Path) -> None:
     """Lets tiles of index-only shards that were copied from `folders` to `out` find their slides from there.
 
-    Raises ValueError if two folders read the same slide in different ways.
+    Raises ValueError if two folders read the same slide in different ways, or one cannot find its own.
     """
     reads: dict[str, Any] = {}
     paths: dict[str, str] = {}
     for folder in folders:
-        if not (folder / REPORT).exists() or not _lookup(folder).exists():  # its shards hold pixels
+        packed = (read_description(folder) or {}).get("packed", {})
+        if not (folder / REPORT).exists() or not packed.get("slides.index_only", True):  # its shards hold pixels
             continue
+        _modified(folder)  # says what is missing
         found = json.loads((folder / REPORT).read_text(encoding="utf-8"))["slides"]
         for key, path in json.loads(_lookup(folder).read_text(encoding="utf-8")).items():
             if key not in found:  # a slide of other parts or splits
@@ -112,8 +115,8 @@ def _modified(folder: Path) -> tuple[int, ...]:
 
 def _lookup(folder: Path) -> Path:
     """The table of paths; shards of a split lie in a folder of the one that it belongs to."""
-    own = lookup_folder(folder) / PATHS
-    return own if own.exists() else lookup_folder(folder.parent) / PATHS
+    own, above = (lookup_folder(place) / PATHS for place in (folder, folder.parent))
+    return above if above.exists() and not own.exists() else own
 
 
 @lru_cache(maxsize=16)
