@@ -19,9 +19,11 @@ import torch
 
 from eval_protocols.features import choose_device, first_bad, positive, progress, sample_name
 from ssl_platform.data.index import Index
+from ssl_platform.data.remote import RemoteSettings, add_cache_arguments
 from ssl_platform.data.shards import preprocessed
 from ssl_platform.data.tars import atomic_file
 from ssl_platform.encoder import Encoder
+from ssl_platform.location import location
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,12 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--checkpoint", type=Path, required=True, metavar="PATH", help="run folder, checkpoint or export"
     )
     parser.add_argument(
-        "--shards", type=Path, nargs="+", required=True, metavar="SHARDS", help="folders, tars, patterns"
+        "--shards", type=location, nargs="+", required=True, metavar="SHARDS", help="folders, tars, patterns, URLs"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE.npy", help="the file to write")
     parser.add_argument("--network", default="teacher", metavar="NAME", help="which network (%(default)s)")
     parser.add_argument("--batch-size", type=positive, default=64, metavar="N", help="samples at a time (%(default)s)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="processes that read (%(default)s)")
+    add_cache_arguments(parser)
     parser.add_argument("--device", help="such as cpu or cuda:1 (a GPU if there is one)")
 
 
@@ -45,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     if out.suffix != ".npy" or not out.parent.is_dir():
         raise ValueError(f"--out {out}: expected a name that ends in .npy, in a folder that exists")
     device = choose_device(arguments.device)
-    index = Index.open(arguments.shards)
+    index = Index.open(arguments.shards, RemoteSettings.of_arguments(arguments))
     encoder = Encoder.load(arguments.checkpoint, network=arguments.network).to(device)
     features = np.empty((len(index), encoder.embed_dim), np.float32)
     batches = preprocessed(index, encoder.modality, batch_size=arguments.batch_size, workers=arguments.workers)

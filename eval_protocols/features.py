@@ -17,7 +17,7 @@ from torch.nn import functional
 from eval_protocols.metrics import Integers
 from eval_protocols.splits import Samples, match
 from ssl_platform.data.index import Index
-from ssl_platform.data.remote import RemoteSettings, default_cache_dir
+from ssl_platform.data.remote import RemoteSettings, add_cache_arguments
 from ssl_platform.data.shards import preprocessed
 from ssl_platform.encoder import Encoder
 from ssl_platform.location import location
@@ -163,16 +163,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--workers", type=int, default=2, metavar="N", help="processes that read and preprocess (%(default)s)"
     )
-    group.add_argument(
-        "--cache-dir",
-        type=Path,
-        default=default_cache_dir(),
-        metavar="DIR",
-        help="where copies of shards behind URLs are kept (%(default)s)",
-    )
-    group.add_argument(
-        "--cache-gigabytes", type=float, default=50.0, metavar="N", help="so much of it at most (%(default)s)"
-    )
+    add_cache_arguments(group)
     group.add_argument("--device", help="such as cpu or cuda:1 (a GPU if there is one)")
     group.add_argument("--seed", type=int, default=0, help="of the resampling (%(default)s)")
 
@@ -180,7 +171,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
 def read_features(arguments: argparse.Namespace) -> Extracted:
     """Extracts what `add_input_arguments` asks for; raises ValueError if that cannot be scored."""
     device = choose_device(arguments.device)
-    remote = RemoteSettings(cache_dir=arguments.cache_dir, cache_gigabytes=arguments.cache_gigabytes)
+    remote = RemoteSettings.of_arguments(arguments)
     indexes = Index.open(arguments.train, remote), Index.open(arguments.test, remote)
     match(*indexes)  # complains before anything slow
     encoder = Encoder.load(arguments.checkpoint, network=arguments.network).to(device)

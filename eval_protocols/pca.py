@@ -151,6 +151,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Writes a picture for each image, and the facts beside them."""
+    if missing := [str(file) for file in arguments.image if not file.is_file()]:
+        raise ValueError(f"--image {missing[0]}: no such file; paths are relative to {Path.cwd()}")
     device = choose_device(arguments.device)
     folder = report.output_folder(arguments.out or report.default_folder(arguments.checkpoint))
     trained = Encoder.load(arguments.checkpoint, network=arguments.network).to(device)
@@ -203,7 +205,11 @@ def checked_stride(stride: int | None, modality: Image) -> int:
 def read_image(file: Path, modality: Image) -> Tensor:
     """The pixels (C, H, W) as the modality reads them."""
     try:
-        return modality.decode({file.suffix.removeprefix(".").lower(): file.read_bytes()})
+        data = file.read_bytes()
+    except OSError as error:
+        raise ValueError(f"--image {file}: cannot be read ({error.strerror})") from error
+    try:
+        return modality.decode({file.suffix.removeprefix(".").lower(): data})
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
 

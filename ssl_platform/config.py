@@ -89,11 +89,14 @@ def plugin_class(package: str, name: str) -> type[PluginConfig]:
 class _Loader(yaml.SafeLoader):
     """YAML without the traps of version 1.1: `1e-3` is a number, `010` is none, and a key given twice is an error."""
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        keys = [
+            key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)
+        ]  # as written, `<<` not merged yet
         for key in {key for key in keys if keys.count(key) > 1}:
             raise yaml.YAMLError(f"line {node.start_mark.line + 1}: key '{key}' is given twice")
-        return super().construct_mapping(node, deep)
+        return node
 
 
 # 1.1 reads 010 as 8, 1:30 as 90, 2024-01-01 as a date, yes as true and 0x10 as 16; here they are what they look like.
@@ -128,7 +131,7 @@ def load_config(kind: type[AnyConfig], path: Path, overrides: Sequence[str] = ()
         raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
     if not isinstance(data, dict):
         raise ConfigError([f"expected a map of keys, found {type(data).__name__}"], str(path))
-    data = resolve_paths(kind, data, path.resolve().parent)
+    data = resolve_paths(kind, _without_aliases(data, str(path)), path.resolve().parent)
     lines = []
     for override in overrides:
         try:
@@ -142,6 +145,15 @@ def load_config(kind: type[AnyConfig], path: Path, overrides: Sequence[str] = ()
     if lines:
         raise ConfigError(lines, str(path))
     return config
+
+
+def _without_aliases(data: dict[str, Any], source: str) -> dict[str, Any]:
+    """A copy in which nothing is shared, as YAML's anchors do, so that an override changes one place alone."""
+    try:
+        copy: dict[str, Any] = json.loads(json.dumps(data))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError([f"a value is of a kind that a configuration cannot hold: {error}"], source) from error
+    return copy
 
 
 def validate(kind: type[AnyConfig], data: dict[str, Any], source: str = "", **context: Any) -> AnyConfig:

@@ -20,6 +20,7 @@ MEASURED_STEPS = 3
 def estimate(recipe: Recipe, device: torch.device) -> str:
     """A short report: memory, samples seen, time. Reads the shards' index, no sample; writes nothing."""
     index = open_index(recipe)
+    order = open_order(recipe, index)
     modality = build_modality(recipe, index.statistics)
     masks = {name: config.build() for name, config in recipe.masks.items()}
     parts = build(recipe, modality, len(index), device)
@@ -46,7 +47,7 @@ def estimate(recipe: Recipe, device: torch.device) -> str:
         f"{distributed.world_size()} ranks), if data keeps up",
     }
     width = max(map(len, lines))
-    mixture = summary(recipe.data.sources, open_order(recipe, index), samples) if recipe.data.sources else []
+    mixture = summary(recipe.data.sources, order, samples) if recipe.data.sources else []
     return "".join([f"{name:<{width}}  {text}\n" for name, text in lines.items()] + [f"{line}\n" for line in mixture])
 
 

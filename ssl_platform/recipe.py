@@ -11,7 +11,7 @@ from torch import nn
 
 from ssl_platform.config import Config, ConfigError, PluginConfig, load_config, plugin
 from ssl_platform.data.index import Index
-from ssl_platform.data.mixture import build_order, open_shards
+from ssl_platform.data.mixture import build_order, check_room, open_shards
 from ssl_platform.data.order import Order
 from ssl_platform.data.shards import DataConfig
 from ssl_platform.modalities import Modality
@@ -126,18 +126,14 @@ def load_recipe(path: Path, overrides: Sequence[str] = (), world_size: int = 1) 
 
 def open_index(recipe: Recipe) -> Index:
     """The training shards."""
-    index = open_shards(recipe.data.shards, recipe.data.sources, recipe.data.remote())
-    if index.remote is not None:
-        try:
-            index.remote.check_room(recipe.data.window_shards)
-        except ValueError as error:
-            raise ConfigError([f"data.{error}"]) from error
-    return index
+    return open_shards(recipe.data.shards, recipe.data.sources, recipe.data.remote())
 
 
 def open_order(recipe: Recipe, index: Index) -> Order:
-    """The order in which the run sees the samples."""
-    return build_order(index, recipe.data.sources, recipe.seed, recipe.data.window_shards)
+    """The order in which the run sees the samples; raises ConfigError if the cache is too small to read in it."""
+    order = build_order(index, recipe.data.sources, recipe.seed, recipe.data.window_shards)
+    check_room(index, order, recipe.data.window_shards)
+    return order
 
 
 def build_modality(recipe: Recipe, statistics: dict[str, list[float]] | None) -> Modality:

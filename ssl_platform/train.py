@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -115,6 +116,20 @@ def show_views(recipe: Recipe, path: Path) -> None:
 # -- loop --------------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with from the first step to the last."""
+
+    recipe: Recipe
+    index: Index
+    order: Order
+    modality: Modality
+    parts: Parts
+    metrics: Metrics
+    stop: StopFlag
+    monitor: Monitor
+
+
 def train(recipe: Recipe, device: torch.device) -> None:
     """Trains from the newest checkpoint, or from the start, to the last step."""
     index = open_index(recipe)
@@ -128,8 +143,31 @@ def train(recipe: Recipe, device: torch.device) -> None:
         (recipe.run_dir / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
         cut_back(recipe.run_dir / "events.jsonl", step)
     metrics = Metrics(recipe.run_dir, step, recipe.tensorboard, wandb_arguments(recipe))
-    stop = StopFlag()
-    monitor = Monitor(recipe, parts)
+    run = Run(recipe, index, order, modality, parts, metrics, StopFlag(), Monitor(recipe, parts))
+    say_what_begins(run, device)
+    if step == recipe.steps:
+        logger.info("%s: all %d steps are done", recipe.run_dir, step)
+    for stage in stage_plan(recipe):
+        if step >= stage.end:
+            continue
+        folder = recipe.run_dir / "stages" / f"{stage.name}_{stage.repetition}"
+        context = StageContext(
+            parts.student_teacher, modality, index, device, recipe.seed, stage.name, stage.repetition, folder
+        )
+        prepared = begin_stage(stage, context, resumed=step > stage.begin)
+        with closing(stage_batches(stage, recipe, index, order, modality, step, prepared)) as batches:
+            step, stopping = run_stage(run, stage, batches, step)
+        if stopping:
+            name = run.stop.name or "a signal to another rank"
+            logger.info("stopped by %s after step %d; the same command goes on from there", name, step)
+            break
+    run.stop.restore()
+    metrics.close()
+
+
+def say_what_begins(run: Run, device: torch.device) -> None:
+    """The size of the run, of each source of a mixture, and warnings of settings that hardly do what was meant."""
+    recipe, index, order, parts = run.recipe, run.index, run.order, run.parts
     logger.info(
         "%d samples in %d shards, batch %d, %s, %.1f M trained parameters, peak lr %.2e, %d ranks on %s",
         len(index), index.num_shards, recipe.batch_size,
@@ -143,24 +181,6 @@ def train(recipe: Recipe, device: torch.device) -> None:
         logger.info("%s", line)
     for line in doubtful(recipe) + doubtful_cache(recipe.data.cache_shards, recipe.data.window_shards, index, order):
         logger.warning("%s", line)
-    if step == recipe.steps:
-        logger.info("%s: all %d steps are done", recipe.run_dir, step)
-    for stage in stage_plan(recipe):
-        if step >= stage.end:
-            continue
-        folder = recipe.run_dir / "stages" / f"{stage.name}_{stage.repetition}"
-        context = StageContext(
-            parts.student_teacher, modality, index, device, recipe.seed, stage.name, stage.repetition, folder
-        )
-        prepared = begin_stage(stage, context, resumed=step > stage.begin)
-        with closing(stage_batches(stage, recipe, index, order, modality, step, prepared)) as batches:
-            step, stopping = run_stage(stage, recipe, parts, batches, step, metrics, index, order, stop, monitor)
-        if stopping:
-            name = stop.name or "a signal to another rank"
-            logger.info("stopped by %s after step %d; the same command goes on from there", name, step)
-            break
-    stop.restore()
-    metrics.close()
 
 
 def stage_batches(
@@ -192,33 +212,23 @@ def stage_batches(
     )
 
 
-def run_stage(
-    stage: Stage,
-    recipe: Recipe,
-    parts: Parts,
-    batches: Iterator[Batch],
-    step: int,
-    metrics: Metrics,
-    index: Index,
-    order: Order,
-    stop: StopFlag,
-    monitor: Monitor,
-) -> tuple[int, bool]:
+def run_stage(run: Run, stage: Stage, batches: Iterator[Batch], step: int) -> tuple[int, bool]:
     """Steps until the stage ends or a signal asks to stop, with a checkpoint at the end: (finished steps, stopping)."""
+    recipe, parts, monitor = run.recipe, run.parts, run.monitor
     active = stage.config.objectives or list(recipe.objectives)
     clock = Clock(recipe.batch_size)
     stopping = False
     while step < stage.end and not stopping:
         with monitor.watching(step, active):
-            result = train_step(parts, clock.waiting(batches), step, active, stop)
+            result = train_step(parts, clock.waiting(batches), step, active, run.stop)
         monitor.keep(result.skipped)
         step, stopping = step + 1, result.stopping  # agreed between ranks; the flag itself may differ
         clock.steps += 1
         keep_count(recipe, parts, result, step)
         if step % recipe.log_every == 0 or step == recipe.steps:
-            report(metrics, recipe, parts, result, clock, step, order, monitor, active)
+            report(run.metrics, recipe, parts, result, clock, step, run.order, monitor, active)
         if step % recipe.save_every == 0 or step == recipe.steps or stopping:
-            save(recipe, parts, index, step)
+            save(recipe, parts, run.index, step)
     return step, stopping
 
 

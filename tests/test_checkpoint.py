@@ -10,7 +10,7 @@ import torch
 from ssl_platform import checkpoint
 from ssl_platform.checkpoint import CheckpointError, TrainState
 from ssl_platform.log import cut_back, read_lines
-from ssl_platform.run_lock import RunLocked, lock
+from ssl_platform.run_lock import RunLocked, lock, locked
 from ssl_platform.step import train_step
 from tests import engine
 from tests.ranks import run_ranks
@@ -143,6 +143,22 @@ def take(folder: str) -> str:
     except RunLocked as error:
         return str(error)
     return "taken"
+
+
+def test_a_refused_run_leaves_nothing(tmp_path: Path) -> None:
+    run_dir = tmp_path / "runs" / "deep" / "a"
+    with pytest.raises(ValueError, match="refused"), locked(run_dir):
+        assert (run_dir / "lock").exists()
+        raise ValueError("refused")
+    assert not any(tmp_path.iterdir())
+    (tmp_path / "runs").mkdir()
+    with locked(run_dir):
+        (run_dir / "config.yaml").touch()
+    assert {path.name for path in run_dir.iterdir()} == {"lock", "config.yaml"}
+    (run_dir / "config.yaml").unlink()
+    with locked(run_dir):
+        pass
+    assert [path.name for path in run_dir.parent.iterdir()] == ["a"] and not any(run_dir.iterdir())
 
 
 def test_lock_refuses_a_second_process_and_ends_with_the_first(tmp_path: Path) -> None:

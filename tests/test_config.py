@@ -1,5 +1,6 @@
 """What a user reads when a configuration is wrong, word for word, and what a right one becomes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -202,6 +203,41 @@ def test_files_that_are_no_configuration(text: str, message: str, tmp_path: Path
         load_config(Recipe, path)
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(Recipe, tmp_path / "missing.yaml")
+
+
+def test_anchors_and_merge_keys_are_yaml(tmp_path: Path) -> None:
+    """Values are as if they were written out, own keys win, and an override of one place leaves the other alone."""
+    path = tmp_path / "anchors.yaml"
+    plain = engine.settings()
+    path.write_text(yaml.safe_dump(plain))
+    expected = load_recipe(path).networks["student"]
+    backbone = plain["networks"]["student"]["backbone"]
+    del plain["networks"]
+    lines = ["networks:", "  student:", "    backbone: &vit"]
+    lines += [f"      {key}: {json.dumps(value)}" for key, value in backbone.items()]
+    lines += ["  twin:", "    update: frozen", "    backbone:", "      <<: *vit", "      depth: 3"]
+    lines += ["  other: {update: frozen, backbone: *vit}", "  teacher: {update: ema, of: student, momentum: 0.9}"]
+    path.write_text(yaml.safe_dump(plain) + "\n".join(lines))
+    recipe = load_recipe(path, ["networks.other.backbone.depth=5"])
+    depths = {name: network.backbone.depth for name, network in recipe.networks.items() if network.backbone}
+    assert recipe.networks["student"].backbone == expected.backbone
+    assert depths == {"student": expected.backbone.depth, "twin": 3, "other": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: {<<: 3}", "expected a mapping or list of mappings for merging"),
+        ("a: &x {p: 1}\nb: {<<: *x, <<: *x}", "key '<<' is given twice"),
+        ("a: &x {b: {c: *x}}", "a value is of a kind that a configuration cannot hold: Circular"),
+        ("a: *x", "undefined alias 'x'"),
+    ],
+)
+def test_bad_anchors(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        load_config(Recipe, path)
 
 
 def test_plugins_by_folder_and_by_dotted_path() -> None:

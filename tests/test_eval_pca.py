@@ -100,7 +100,10 @@ def test_bad_images_are_named(run_dir: Path, photo: Path, tmp_path: Path, capsys
     out = ["--checkpoint", str(run_dir), "--out", str(tmp_path / "out"), "--image"]
     for files, message in (
         ([damaged], f"{damaged}: "),
-        ([tmp_path / "none.png"], "none.png"),
+        (
+            [photo, tmp_path / "none.png"],
+            f"ssl-eval: --image {tmp_path}/none.png: no such file; paths are relative to ",
+        ),
         ([photo, twin], "photo: two files of one name"),
     ):
         assert main(["pca", *out, *map(str, files)]) == 2

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ssl_platform.data.index import Index
-from ssl_platform.data.index_files import ROW, number
+from ssl_platform.data.index_rows import ROW, number
 from ssl_platform.data.pack import main
 from ssl_platform.data.reading import ShardReader
 from ssl_platform.data.tars import atomic_file, parse_record, scan_shard, split_name
@@ -245,8 +245,8 @@ def test_a_column_that_grows_with_the_folder(tmp_path: Path) -> None:
 
 
 def test_texts_that_always_differ_are_no_column(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("ssl_platform.data.index_files.MAX_NAMES", 2)
-    monkeypatch.setattr("ssl_platform.data.index_files.MAX_COLUMNS", 2)
+    monkeypatch.setattr("ssl_platform.data.index_rows.MAX_NAMES", 2)
+    monkeypatch.setattr("ssl_platform.data.index_rows.MAX_COLUMNS", 2)
     tar_of(tmp_path / "a.tar", [{"file": f"f{i}", "a": i % 2, "b": i, "c": "x"} for i in range(3)])
     for _ in range(2):
         index = Index.open(tmp_path)

@@ -19,16 +19,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from ssl_platform.data import pack_progress
+from ssl_platform.data import work_progress
 from ssl_platform.data.identity import Numbered
 from ssl_platform.data.index import Index
 from ssl_platform.data.pack import main
-from ssl_platform.data.pack_progress import PackProgress
 from ssl_platform.data.pack_state import Lock, Part
 from ssl_platform.data.sources import Item
 from ssl_platform.data.splits import assign_splits, parse_splits
-from ssl_platform.data.tar_writing import Made, Shard
-from ssl_platform.data.tars import ShardScan
+from ssl_platform.data.work_progress import WorkProgress
 
 SALT = (
     "--salt-file",
@@ -430,12 +428,12 @@ def test_room_is_estimated_and_must_be_there(
 def test_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "monotonic", lambda: now[0])
-    progress = PackProgress(total=1000)
+    progress = WorkProgress(1000, "packing")
     assert progress.rate() == ""
-    progress.finished(500, Made(Shard(bytes=10**9), ShardScan(0), is_new=False))
+    progress.advance(500, 10**9, is_new=False)
     assert progress.rate() == "" and progress.done == 500, "what was there before tells nothing of the speed"
     now[0] += 10
-    progress.finished(100, Made(Shard(bytes=5 * 10**7), ShardScan(0)))
+    progress.advance(100, 5 * 10**7)
     assert progress.rate() == "10 samples/s, 5.0 MB/s, 40 s left"
 
 
@@ -457,14 +455,14 @@ def test_the_log_has_a_line_from_time_to_time(
         return load(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(tar_writing, "_load", slow)
-    monkeypatch.setattr(pack_progress, "LOG_SECONDS", 0.01)
+    monkeypatch.setattr(work_progress, "LOG_SECONDS", 0.01)
     watching = Watching()
-    pack_progress.logger.addHandler(watching)
+    work_progress.logger.addHandler(watching)
     try:
         assert pack(photos, tmp_path / "out") == 0
     finally:
-        pack_progress.logger.removeHandler(watching)
-    assert "INFO 0 of 20 samples" in capsys.readouterr().err
+        work_progress.logger.removeHandler(watching)
+    assert "INFO packing: 0 of 20 samples" in capsys.readouterr().err
 
 
 def test_settings_hold_no_name_of_the_input(photos: Path, tmp_path: Path) -> None:

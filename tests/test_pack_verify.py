@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ssl_platform.data.commands._checks import check
 from ssl_platform.data.index import Index
-from ssl_platform.data.index_files import ROW
+from ssl_platform.data.index_rows import ROW
 from tests.packed import image_bytes, pattern, sample, ssl_pack, write_tar
 
 Found = list[tuple[str, str, str]]

@@ -19,6 +19,7 @@ import pytest
 from eval_protocols.__main__ import main as evaluate
 from ssl_platform.data import transfer
 from ssl_platform.data.index import Index
+from ssl_platform.data.pack import main as pack
 from ssl_platform.data.reading import ShardReader
 from ssl_platform.data.remote import RemoteSettings
 from ssl_platform.data.shard_cache import ShardCache
@@ -26,6 +27,7 @@ from ssl_platform.data.transfer import RemoteError, Transfers
 from ssl_platform.location import Url
 from ssl_platform.train import main as train
 from tests.misbehaving import Server, served
+from tests.test_index import labelled_tar
 from tests.test_shards import assert_equal, batches, write_shards
 
 ROOT = Path(__file__).parents[1]
@@ -249,6 +251,70 @@ def test_readers_that_come_and_go_and_die(tmp_path: Path) -> None:
     assert len(held) == 3 and all(path.read_bytes() == bodies[int(path.stem)] for path in held)
 
 
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
+def test_inspect_verify_and_extract_read_urls(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, cache = f"{server.url}/skin", ("--cache-dir", str(tmp_path / "cache"))
+    local, reports = str(tmp_path / "served/skin"), []
+    for place in (root, local):
+        assert pack(["inspect", place, "--out", str(tmp_path / "report"), *cache, "--workers", "2"]) == 0
+        reports.append(json.loads((tmp_path / "report/inspect.json").read_text()))
+    assert reports[0] == reports[1]
+    assert server.tars() == {f"shard-00000{i}.tar": 1 for i in range(3)}, "each shard once, in two processes"
+    found = []
+    for place in (root, local):
+        assert pack(["verify", place, "--json", str(tmp_path / "found.json"), *cache, "--workers", "2"]) == 0
+        found.append(json.loads((tmp_path / "found.json").read_text()))
+    assert found[0] == found[1] and found[0]["decoded"] > 0
+    assert pack(["verify", f"{root}/shard-{{000000..000001}}.tar", *cache]) == 0
+    assert " in 2 shards, " in capsys.readouterr().out
+    assert train([str(SMOKE), "steps=1", "optim.lr.warmup_steps=0", f"run_dir={tmp_path / 'run'}"]) == 0
+    rows = []
+    for place in (root, local):
+        run = ["--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "rows.npy"), "--workers", "0"]
+        assert evaluate(["extract", *run, "--shards", place, *cache]) == 0
+        rows.append(np.load(tmp_path / "rows.npy"))
+    assert np.array_equal(*rows)
+
+
+def test_verify_names_what_is_wrong_behind_a_url(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "served/skin"
+    with (folder / "shard-000000.tar").open("r+b") as file:
+        file.seek(1024)
+        file.write(bytes(range(256)))
+    (folder / "shard-000001.tar").unlink()
+    command = ["verify", f"{server.url}/skin", "--cache-dir", str(tmp_path / "cache")]
+    assert pack(command) == 1
+    said = capsys.readouterr().out
+    assert "shard-000000.tar: " in said and "shard-000001.tar: " in said and "404" in said
+    assert "shard-000002.tar" not in said and str(tmp_path) not in said
+    (folder / "index.json").unlink()
+    assert pack(command) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and "Remote shards are read by the index beside them" in said
+
+
+def test_commands_that_copy_refuse_urls(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root, out = f"{server.url}/skin", str(tmp_path / "out")
+    for command in (
+        ["merge", root, str(SKIN), out],
+        ["merge", str(SKIN), str(SKIN), root],
+        ["prune", root, out, "--keep", "0.5"],
+        ["prune", str(SKIN), root, "--keep", "0.5"],
+    ):
+        assert pack(command) == 2
+        assert capsys.readouterr().err == (
+            f"ssl-pack {command[0]}: {root}: this command copies from and to folders on this machine; download the whole "
+            "folder, with its index.json and index.npy, and upload what comes out\n"
+        )
+    assert not server.gets and not (tmp_path / "out").exists()
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -448,6 +514,39 @@ def test_a_cache_that_is_too_small(server: Server, tmp_path: Path, capsys: pytes
         "data.cache_gigabytes 0.0002 is too small: a shuffle window of window_shards 2 and the next one, fetched meanwhile, "
         "need up to 0.000492 GB; set it to at least 0.000516, or lower window_shards"
     )
+
+
+def test_a_cache_that_is_too_small_for_a_mixture(
+    server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two windows for each source and class, but nothing twice; shards on this disk need no room."""
+    for name, labels in (("a", "xy"), ("b", "z")):
+        (tmp_path / "served" / name).mkdir()
+        for number in range(4):
+            labelled_tar(tmp_path / "served" / name / f"{number}.tar", list(labels) * 2)
+        Index.open(tmp_path / "served" / name)  # writes the index beside them
+    (size,) = {path.stat().st_size for path in (tmp_path / "served/b").glob("*.tar")}
+    (larger,) = {path.stat().st_size for path in (tmp_path / "served/a").glob("*.tar")}
+
+    def said(gigabytes: float, *sources: str) -> str:
+        overrides = [f"data.cache_dir={tmp_path / 'cache'}", f"run_dir={tmp_path / 'run'}", "data.window_shards=1"]
+        text = SMOKE.read_text().replace("shards: ../../tests/data/skin_tiles, ", "")
+        (tmp_path / "mixture.yaml").write_text(text)
+        assert (
+            train([str(tmp_path / "mixture.yaml"), *overrides, *sources, f"data.cache_gigabytes={gigabytes:.9f}"]) == 1
+        )
+        return capsys.readouterr().err.partition(" ERROR ")[2].strip()
+
+    a, b = f"data.sources.a.shards={server.url}/a", f"data.sources.b.shards={server.url}/b"
+    for needed, number, sources in (
+        (2 * larger + 2 * size, 2, (a, b)),
+        (4 * larger + 2 * size, 3, (a, b, "data.sources.a.balance=label")),
+        (2 * larger, 2, (a, f"data.sources.b.shards={tmp_path / 'served/b'}")),
+    ):
+        refusal = said((needed - 1) / 1e9, *sources)
+        assert f"and the next one, fetched meanwhile, for each of {number} sources and classes" in refusal
+        assert f"need up to {needed / 1e9:.3g} GB; set it to at least {needed * 1.05 / 1e9:.3g}" in refusal
+        assert "too small" not in said((needed + 1) / 1e9, *sources)
 
 
 def test_a_cache_folder_that_cannot_be_written(server: Server, tmp_path: Path) -> None:

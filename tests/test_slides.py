@@ -541,6 +541,59 @@ def test_a_slide_that_is_gone_is_a_bad_sample_without_a_name(tmp_path: Path) -> 
         ShardReader(Index.open(tmp_path / "index"), 1).read(0)
 
 
+def test_commands_on_an_index_of_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """verify reads the slides; what merge and prune write finds them, from shards of splits and beside pixels too."""
+    write_tiff(tmp_path / "one" / "a.tif", pyramid(section(HEIGHT, WIDTH, 0), (1, 4)))
+    for name in ("b", "c"):
+        write_tiff(tmp_path / "two" / f"{name}.tif", [section(512, 512)])
+    split = ("--split", "train=0.5", "val=0.5")
+    assert slides(tmp_path / "one", tmp_path / "index", *SMALL, "--index-only") == 0
+    assert slides(tmp_path / "two", tmp_path / "more", *SMALL, "--index-only", "--min-tissue", 0.1, *split) == 0
+    assert slides(tmp_path / "one", tmp_path / "pixels", *SMALL) == 0
+
+    def run(*arguments: object) -> str:
+        capsys.readouterr()
+        assert main([str(argument) for argument in arguments]) == 0
+        return capsys.readouterr().out
+
+    num_tiles, whole = len(Index.open(tmp_path / "index")), tmp_path / "whole"
+    assert f"{num_tiles} decoded: nothing wrong" in run("verify", tmp_path / "index")
+    assert f"{num_tiles} read" in run("inspect", tmp_path / "index", "--out", tmp_path / "report")
+    folders = [tmp_path / "index", tmp_path / "more" / "train", tmp_path / "more" / "val", tmp_path / "pixels"]
+    for _ in range(2):  # again: goes on
+        run("merge", *folders, whole)
+    half = tmp_path / "half"
+    said = run("prune", whole, half, "--keep", 0.5)
+    assert "mean 0." in said, "measured in the slides"
+    expected = {(str(about), pixels.tobytes()) for folder in folders for about, pixels in samples(folder)}
+    for folder in (whole, half):
+        found = samples(folder)
+        assert {(str(about), pixels.tobytes()) for about, pixels in found} <= expected
+        assert f"{len(found)} decoded: nothing wrong" in run("verify", folder)
+    assert len(samples(whole)) == sum(len(samples(folder)) for folder in folders)
+    assert str(tmp_path) not in (whole / "slides.json").read_text(), "paths are in the look-up folder alone"
+    assert lookup_folder(whole).stat().st_mode & 0o77 == 0
+    (lookup_folder(half) / "slides.json").unlink()
+    assert main(["verify", str(half)]) == 1
+    assert "need it to find their slides" in capsys.readouterr().out
+    assert main(["merge", str(half), str(tmp_path / "pixels"), str(tmp_path / "out"), "--allow-duplicate-keys"]) == 2
+    said = capsys.readouterr().err.strip()
+    assert "half.lookup/slides.json: No such file" in said and "need it to find their slides" in said
+
+
+def test_a_slide_read_in_two_ways_is_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_tiff(tmp_path / "in" / "a.tif", pyramid(section(HEIGHT, WIDTH, 0), (1, 4)))
+    assert slides(tmp_path / "in", tmp_path / "near", *SMALL, "--index-only") == 0
+    with_salt_of(tmp_path / "near", tmp_path / "far")
+    assert slides(tmp_path / "in", tmp_path / "far", *SMALL, "--index-only", "--mpp", 1) == 0
+    command = ["merge", str(tmp_path / "near"), str(tmp_path / "far"), str(tmp_path / "out"), "--allow-duplicate-keys"]
+    capsys.readouterr()
+    assert main(command) == 2
+    said = capsys.readouterr().err
+    assert "in another way or place" in said and "give data.shards the list" in said
+    assert not (tmp_path / "out" / "index.json").exists()
+
+
 def test_the_page_is_true(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands and the program of docs/modalities/pathology.md, as written, on small slides."""
     from ssl_platform import export, train

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from ssl_platform.data.index_files import number
+from ssl_platform.data.index_rows import number
 from ssl_platform.data.sources import Item
 from ssl_platform.data.tars import atomic_file
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_platform.data.index_files import open_folder
+from ssl_platform.data.index_parts import Part, damaged, expand, folder_parts, merged_names, part_column, renumbering
 from ssl_platform.data.remote import Remote, RemoteSettings
 from ssl_platform.data.tars import shown
 from ssl_platform.location import Url, location
@@ -33,15 +33,15 @@ class Sample(NamedTuple):
 class Index:
     """The samples of one or more tar shards. Sample ids count through the shards in their order, from 0."""
 
-    def __init__(self, parts: Sequence["_Part"], remote: Remote | None = None) -> None:
+    def __init__(self, parts: Sequence[Part], remote: Remote | None = None) -> None:
         self.remote = remote
         """How the shards that are URLs are read; None if all are files."""
         self.shards = [shard for part in parts for shard in part.shards]
         counts = np.array([count for part in parts for count in part.counts], dtype=np.int64)
         self.shard_ranges: NDArray[np.int64] = np.stack([np.cumsum(counts) - counts, np.cumsum(counts)], axis=1)
         """(num_shards, 2): the first sample of each shard, and the one after its last."""
-        self.label_names, label_maps = _merged_names(parts, "label")
-        self.group_names, group_maps = _merged_names(parts, "group")
+        self.label_names, label_maps = merged_names(parts, "label")
+        self.group_names, group_maps = merged_names(parts, "group")
         """The names of labels and of groups; empty where they are only numbers."""
         self.statistics = _merged_statistics([part.statistics for part in parts])
         """{"mean": [...], "std": [...]} of each channel, pixel values in [0, 1]; None if unknown."""
@@ -68,8 +68,8 @@ class Index:
         parts = [
             part
             for each in given
-            for folder, names in _expand(each, remote)
-            for part in _folder_parts(folder, names, remote)
+            for folder, names in expand(each, remote)
+            for part in folder_parts(folder, names, remote)
         ]
         times = Counter(shard.resolve() for part in parts for shard in part.shards)
         if twice := [str(shard) for shard, count in times.items() if count > 1]:
@@ -130,11 +130,11 @@ class Index:
         ends = [0, *(stop for _, stop, *_ in rows)]
         for start, stop, _, _, number_of_shard, *_ in rows:
             if not last <= start < stop or number_of_shard != own:
-                raise ValueError(_damaged(part, f"the place of sample {sample} is not between those beside it"))
+                raise ValueError(damaged(part, f"the place of sample {sample} is not between those beside it"))
             last = stop
         for name, value in zip(("label", "group"), rows[sample - first][2:4], strict=True):
             if not -1 <= value < (len(part.names[name]) or 1 << 62):
-                raise ValueError(_damaged(part, f"a {name} is out of range"))
+                raise ValueError(damaged(part, f"a {name} is out of range"))
         return ends[sample - first], ends[sample - first + 1]
 
     @property
@@ -194,9 +194,9 @@ class Index:
             maps = [labels if name == "label" else groups for _, labels, groups in self._parts]
             return self._column(name, maps), self.label_names if name == "label" else self.group_names
         named = any(part.columns.get(name) for part, _, _ in self._parts)
-        pieces = [_part_column(part, name, named) for part, _, _ in self._parts]
+        pieces = [part_column(part, name, named) for part, _, _ in self._parts]
         names = sorted({value for _, own in pieces for value in own})
-        codes = [_renumbering(own, names)[codes] if own != names else codes for codes, own in pieces]
+        codes = [renumbering(own, names)[codes] if own != names else codes for codes, own in pieces]
         return np.concatenate(codes), names
 
     def column_digest(self, name: str) -> str:
@@ -227,117 +227,10 @@ class Index:
         for column, (part, _, _) in zip(columns, self._parts, strict=True):
             limit = len(part.names.get(name, ())) or np.iinfo(np.int64).max
             if len(column) and not -1 <= column.min() <= column.max() < limit:
-                raise ValueError(_damaged(part, f"a {name} is out of range"))
+                raise ValueError(damaged(part, f"a {name} is out of range"))
         for number, renumber in enumerate(maps or []):
             columns[number] = columns[number] if renumber is None else renumber[columns[number]]
         return columns[0] if len(columns) == 1 else np.concatenate(columns)
-
-
-class _Part(NamedTuple):
-    """Consecutive shards of one folder."""
-
-    shards: list[Path | Url]
-    counts: list[int]
-    rows: NDArray[Any]
-    first_shard: int
-    """The number that `rows` give the first of `shards`."""
-    names: dict[str, list[str]]
-    """Of "label" and "group"."""
-    statistics: dict[str, Any] | None
-    columns: dict[str, list[str]] = {}
-    """The names of the values of each further column ([] = numbers), which `rows` has as "column0", "column1", ..."""
-    columns_left_out: list[str] | None = None
-    """Columns with too many different values; None = the index was made before columns were kept."""
-
-
-def _damaged(part: _Part, what: str) -> str:
-    return f"{part.shards[0].parent / 'index.npy'}: damaged, {what}; delete it and index.json, or pack again"
-
-
-def _part_column(part: _Part, name: str, named: bool) -> tuple[NDArray[np.int64], list[str]]:
-    """The codes of one part and their names; with `named`, numbers get names too, as other parts have them."""
-    if name not in part.columns:
-        return np.full(len(part.rows), -1, dtype=np.int64), []
-    names = part.columns[name]
-    codes = part.rows[f"column{list(part.columns).index(name)}"].astype(np.int64)
-    if len(codes) and not -1 <= codes.min() <= codes.max() < (len(names) or np.iinfo(np.int64).max):
-        raise ValueError(_damaged(part, f"a value of column '{shown(name)}' is out of range"))
-    if named and not names:
-        values, codes = np.unique(codes, return_inverse=True)
-        names = [str(value) for value in values[values >= 0].tolist()]
-        codes -= int((values < 0).any())  # -1 is the first of the values
-    return codes, names
-
-
-def _expand(path: Path | Url, remote: Remote | None) -> Sequence[tuple[Path | Url, list[str] | None]]:
-    """The (folder, names of tars) that a path or pattern stands for; None = all of the folder."""
-    if isinstance(path, Url):
-        assert remote is not None
-        return list(remote.expand(path))
-    if path.is_dir():
-        return [(path, None)]
-    if path.is_file():
-        return [(path.parent, [path.name])]
-    if any(character in path.name for character in "*?["):
-        found = sorted(path.parent.glob(path.name))
-        tars = [tar.name for tar in found if tar.is_file() and tar.suffix == ".tar"]
-        folders = [(folder, None) for folder in found if folder.is_dir()]
-        if not tars and not folders:
-            raise ValueError(f"{path}: no tar and no folder matches this pattern")
-        return [*folders, *([(path.parent, tars)] if tars else [])]
-    raise ValueError(f"{path}: no such file or folder; expected a folder of tars, a tar, or a pattern such as x/*.tar")
-
-
-def _folder_parts(folder: Path | Url, names: list[str] | None, remote: Remote | None) -> list[_Part]:
-    if isinstance(folder, Url):
-        assert remote is not None
-        about, rows, wanted = remote.open_folder(folder, names)
-    else:
-        folder = folder.absolute()
-        about, rows, wanted = open_folder(folder, names)
-    counts = [shard["samples"] for shard in about["shards"]]
-    firsts = np.cumsum([0, *counts]).tolist()
-    return [
-        _Part(
-            shards=[folder / about["shards"][shard]["name"] for shard in run],
-            counts=counts[run.start : run.stop],
-            rows=rows[firsts[run.start] : firsts[run.stop]],
-            first_shard=run.start,
-            names={"label": about["label_names"], "group": about["group_names"]},
-            statistics=about["statistics"],
-            columns={name: column["names"] for name, column in about.get("columns", {}).items()},
-            columns_left_out=about.get("columns_left_out"),
-        )
-        for run in _runs(wanted)
-    ]
-
-
-def _runs(numbers: Sequence[int]) -> list[range]:
-    """Ascending numbers as ranges of consecutive ones."""
-    runs: list[range] = []
-    for number in numbers:
-        follows = bool(runs) and runs[-1].stop == number
-        first = runs.pop().start if follows else number
-        runs.append(range(first, number + 1))
-    return runs
-
-
-def _merged_names(parts: Sequence[_Part], what: str) -> tuple[list[str], list[NDArray[np.int64] | None]]:
-    """The names of all parts together, and for each part how to renumber its own (None = it need not)."""
-    every = [part.names[what] for part in parts]
-    names = sorted({name for given in every for name in given})
-    for part, given in zip(parts, every, strict=True):
-        if names and not given and (part.rows[what] >= 0).any():
-            raise ValueError(
-                f"{part.shards[0].parent}: its {what}s are numbers, other shards name theirs: pack both in the same way"
-            )
-    return names, [_renumbering(given, names) if given and given != names else None for given in every]
-
-
-def _renumbering(given: Sequence[str], wanted: Sequence[str]) -> NDArray[np.int64]:
-    """(len(given) + 1,): the place of each given name in `wanted`, or -1; the last entry keeps -1 what it is."""
-    places = {name: place for place, name in enumerate(wanted)}
-    return np.array([places.get(name, -1) for name in given] + [-1], dtype=np.int64)
 
 
 def _merged_statistics(every: Sequence[dict[str, Any] | None]) -> dict[str, list[float]] | None:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from ssl_platform.config import Config, ConfigError
 from ssl_platform.data.index import Index
-from ssl_platform.data.index_files import smallest_type
+from ssl_platform.data.index_rows import smallest_type
 from ssl_platform.data.order import Cap, Order, Pool, Source
 from ssl_platform.data.remote import RemoteSettings
 from ssl_platform.data.transfer import RemoteError
@@ -199,6 +199,18 @@ def summary(sources: Mapping[str, SourceConfig], order: Order, num_positions: in
         line += f"; weight {source.weight:g} ({100 * source.weight / total:.1f} %), "
         lines.append(line + f"{drawn[part.name]} drawn in all, {_span(passes, '.1f')} passes")
     return lines
+
+
+def check_room(index: Index, order: Order, window_shards: int) -> None:
+    """Raises ConfigError if the cache of remote shards cannot hold what the order reads and fetches at a time."""
+    if index.remote is None:
+        return
+    pools = [pool for source in order.sources for pool in source.pools]
+    shards = [np.searchsorted(index.shard_ranges[:, 1], pool.first_samples, side="right").tolist() for pool in pools]
+    try:
+        index.remote.check_room([[index.shards[shard] for shard in numbers] for numbers in shards], window_shards)
+    except ValueError as error:
+        raise ConfigError([f"data.{error}"]) from error
 
 
 def doubtful_cache(cache_shards: int, window_shards: int, index: Index, order: Order) -> list[str]:

@@ -213,6 +213,11 @@ class Pool:
         number, window, offset = self._place(place)
         return place - offset, self._window(number, window)
 
+    @property
+    def first_samples(self) -> NDArray[np.int64]:
+        """(num_shards,): a sample of each of its shards."""
+        return self._starts if self.members is None else self.members[self._starts].astype(np.int64)
+
     def forget(self) -> None:
         """Gives up what can be computed again."""
         self._passes.clear()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ssl_platform.data import commands
-from ssl_platform.data.pack_options import add_pack_options, count, pack_as_asked
+from ssl_platform.data.pack_options import add_pack_options, count, pack_as_asked, share
 
 if TYPE_CHECKING:
     from ssl_platform.data.packing import Packed
@@ -102,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--min-tissue",
         metavar="SHARE",
-        type=_share,
+        type=share,
         default=0.0,
         help="leave out images or tiles of which less has the colours of stained tissue, as modality.min_tissue",
     )
@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         "--label-names", metavar="A,B,...", type=lambda text: text.split(","), help="names of the classes 0, 1, ..."
     )
     tiles.add_argument(
-        "--label-purity", metavar="SHARE", type=_share, default=0.9, help="of a tile's pixels in one class; default 0.9"
+        "--label-purity", metavar="SHARE", type=share, default=0.9, help="of a tile's pixels in one class; default 0.9"
     )
     tiles.add_argument(
         "--group-block", metavar="PIXELS", type=count, help="tiles in the same block form a group; default: 4 tiles"
@@ -217,16 +217,6 @@ def _describe(folder: Path, about: dict[str, Any]) -> None:
     if about.get("unreadable"):
         lines.append(f"left out: {about['unreadable']} that cannot be used (their keys: left_out.tsv)")
     sys.stdout.write("\n  ".join(lines) + "\n")
-
-
-def _share(text: str) -> float:
-    try:
-        share = float(text)
-    except ValueError:
-        share = -1.0
-    if not 0 <= share <= 1:
-        raise argparse.ArgumentTypeError(f"'{text}': expected a number from 0 to 1")
-    return share
 
 
 def _region(text: str) -> tuple[int, int, int, int]:

@@ -167,8 +167,9 @@ class Lock:
         self._path = out / ".lock"
         self._file: IO[bytes] = self._path.open("ab")
 
-    def take(self, shards: range) -> None:
-        """Raises ValueError if another process is at work on one of these shards."""
+    def take(self, shards: range | None = None) -> None:
+        """Raises ValueError if another process is at work on one of these shards; None = any of the folder."""
+        shards = range(_ALL) if shards is None else shards
         if not len(shards):
             return
         while True:

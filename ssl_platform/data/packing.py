@@ -1,23 +1,17 @@
 """Packs items into folders of tar shards with an index: makes what no earlier run has finished, then the index."""
 
+import logging
 import math
-import multiprocessing
-import os
-import signal
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
-
-import torch
+from typing import Any, NamedTuple
 
 from ssl_platform.data.identity import Names, numbered, own_salt, write_lookup
-from ssl_platform.data.index_files import describe, read_description, write_index
+from ssl_platform.data.index_files import read_description, write_index
+from ssl_platform.data.index_rows import describe
 from ssl_platform.data.media import Options
-from ssl_platform.data.pack_progress import PackProgress, logger
 from ssl_platform.data.pack_state import (
     Lock,
     Part,
@@ -29,13 +23,14 @@ from ssl_platform.data.pack_state import (
     write_state,
 )
 from ssl_platform.data.planning import Plan, check_room, make_plan
+from ssl_platform.data.processes import parallel
 from ssl_platform.data.sources import Item
 from ssl_platform.data.splits import Splits, assign_splits
 from ssl_platform.data.tar_writing import Job, Shard, make_shard, statistics
 from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard
+from ssl_platform.data.work_progress import WorkProgress
 
-Task = TypeVar("Task")
-Result = TypeVar("Result")
+logger = logging.getLogger(__name__)
 
 
 class Packed(NamedTuple):
@@ -113,7 +108,7 @@ def _pack_folder(plan: Plan, part: Part, workers: int, overwrite: bool) -> Packe
     mine = part.shards(len(plan.jobs))
     lock = Lock(plan.folder)
     try:
-        lock.take(range(1 << 40) if part.is_whole else mine)
+        lock.take(None if part.is_whole else mine)
         finished = read_state(plan.folder, plan.settings, overwrite)
         if overwrite:
             clear(plan.folder)
@@ -160,13 +155,13 @@ def _make(
     """Makes the shards of the jobs and keeps account of them, whatever ends this run."""
     shards, scans = dict(finished), dict[str, ShardScan]()
     saved = -math.inf
-    with PackProgress(sum(len(job.samples) for job in jobs)) as progress:
+    with WorkProgress(sum(len(job.samples) for job in jobs), "packing") as progress:
         try:
             for job, made in parallel(make_shard, jobs, workers):
                 for line in made.reasons:
                     logger.warning("left out: %s", line)
                 shards[job.path.name], scans[job.path.name] = made.shard, made.scan
-                progress.finished(len(job.samples), made)
+                progress.advance(len(job.samples), made.shard.bytes, is_new=made.is_new)
                 if time.monotonic() - saved > 5:
                     write_state(plan.folder, part, plan.settings, shards)
                     saved = time.monotonic()
@@ -215,44 +210,3 @@ def _write_left_out(folder: Path, left_out: Sequence[Sequence[str]]) -> None:
         return
     with atomic_file(path) as file:
         file.write("".join(f"{key}\t{reason}\n" for key, reason in [("key", "reason"), *left_out]).encode())
-
-
-# -- processes ---------------------------------------------------------------------------------------------------------
-
-
-def parallel(function: Callable[[Task], Result], tasks: Sequence[Task], workers: int) -> Iterator[tuple[Task, Result]]:
-    """The tasks with their results, as they are done; no more than a few are under way, so that memory stays small."""
-    if workers <= 1 or len(tasks) <= 1:
-        yield from ((task, function(task)) for task in tasks)
-        return
-    pool = ProcessPoolExecutor(
-        min(workers, len(tasks)),
-        multiprocessing.get_context("fork"),
-        initializer=_begin_worker,
-        initargs=(os.getpid(),),
-    )
-    waiting = iter(tasks)
-    running: dict[Future[Result], Task] = {}
-    try:
-        while True:
-            while len(running) < 2 * workers and (task := next(waiting, None)) is not None:
-                running[pool.submit(function, task)] = task
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                yield running.pop(future), future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _begin_worker(parent: int) -> None:
-    """One thread each; Ctrl-C is the parent's business; nobody goes on when the parent is killed."""
-
-    def follow() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    torch.set_num_threads(1)
-    threading.Thread(target=follow, daemon=True).start()

@@ -43,9 +43,7 @@ class ShardReader:
         record = parse_record(data)
         if any(key_of_header(os.pread(file, BLOCK, end)) == record.key for end in around if end != place.start):
             raise ValueError("the index leaves out some of its members; delete index.json and index.npy, or pack again")
-        return (
-            tiles.with_pixels(record, self.index.shards[place.shard]) if tiles.REFERENCE in record.members else record
-        )
+        return tiles.resolved(record, self.index.shards[place.shard])
 
     def shard_name(self, sample: int) -> str:
         return self.index.shards[self.index.shard_number(sample)].name

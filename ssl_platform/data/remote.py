@@ -1,5 +1,6 @@
 """Shards behind URLs: their index is read first, and their bytes come through the node's cache, fetched ahead of use."""
 
+import argparse
 import heapq
 import logging
 import multiprocessing
@@ -7,6 +8,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,8 @@ from typing import Any
 from numpy.typing import NDArray
 
 from ssl_platform.data.file_systems import check_protocol
-from ssl_platform.data.index_files import describe, is_plain, open_fetched, read_description
+from ssl_platform.data.index_files import is_plain, open_fetched, read_description
+from ssl_platform.data.index_rows import describe
 from ssl_platform.data.shard_cache import ShardCache
 from ssl_platform.data.tars import scan_shard
 from ssl_platform.data.transfer import Cancelled, RemoteError, Stop, Transfers
@@ -43,6 +46,25 @@ class RemoteSettings:
     retries: int = 7
     allow_pipe: bool = False
 
+    @classmethod
+    def of_arguments(cls, arguments: argparse.Namespace) -> "RemoteSettings":
+        """What the options of `add_cache_arguments` say."""
+        return cls(cache_dir=arguments.cache_dir, cache_gigabytes=arguments.cache_gigabytes)
+
+
+def add_cache_arguments(parser: "argparse._ActionsContainer") -> None:
+    """`--cache-dir` and `--cache-gigabytes`, of every command that reads shards behind URLs."""
+    parser.add_argument(
+        "--cache-dir",
+        type=Path,
+        default=default_cache_dir(),
+        metavar="DIR",
+        help="where copies of shards behind URLs are kept (%(default)s)",
+    )
+    parser.add_argument(
+        "--cache-gigabytes", type=float, default=50.0, metavar="N", help="so much of it at most (%(default)s)"
+    )
+
 
 class Remote:
     """The remote shards of one Index."""
@@ -67,6 +89,17 @@ class Remote:
             ) from error
         transfers = Transfers(self.settings.timeout_seconds, self.settings.retries, stop)
         return ShardCache(folder, int(self.settings.cache_gigabytes * 1e9), self._opened, transfers)
+
+    @contextmanager
+    def copy(self, url: Url) -> Iterator[Path]:
+        """A complete copy of a shard as a file, which stays while the block runs; raises RemoteError."""
+        cache = self.cache(threading.Event())  # of its own: this may be a forked process
+        cache.pin([url])
+        try:
+            os.close(cache.open(url, self.sizes.get(url)))
+            yield cache.entry(url).file
+        finally:
+            cache.close()
 
     # -- index ---------------------------------------------------------------------------------------------------------
 
@@ -149,15 +182,21 @@ class Remote:
         self.sizes[url] = about["shards"][0]["bytes"]
         return about, rows, [0]
 
-    def check_room(self, window_shards: int) -> None:
-        """Raises ValueError if the cache cannot hold a shuffle window and the one that is fetched meanwhile."""
-        needed = sum(heapq.nlargest(2 * window_shards, self.sizes.values()))
+    def check_room(self, pools: Sequence[Sequence[Path | Url]], window_shards: int) -> None:
+        """Raises ValueError if the cache cannot hold a shuffle window and the next one, fetched meanwhile, of every pool.
+
+        pools: the shards of each source of a mixture and each class that it balances; shards may be in several.
+        """
+        every = [[self.sizes.get(shard, 0) for shard in pool if isinstance(shard, Url)] for pool in pools]
+        needed = sum(sum(heapq.nlargest(2 * window_shards, sizes)) for sizes in every)
+        needed = min(needed, sum(self.sizes.values()))
         if needed > self.settings.cache_gigabytes * 1e9:
             enough = needed * 1.05 / 1e9
+            each = f" for each of {len(pools)} sources and classes" if len(pools) > 1 else ""
             raise ValueError(
                 f"cache_gigabytes {self.settings.cache_gigabytes:g} is too small: a shuffle window of window_shards "
-                f"{window_shards} and the next one, fetched meanwhile, need up to {needed / 1e9:.3g} GB; set it to at least "
-                f"{enough:.3g}, or lower window_shards"
+                f"{window_shards} and the next one, fetched meanwhile,{each} need up to {needed / 1e9:.3g} GB; set it to at "
+                f"least {enough:.3g}, or lower window_shards"
             )
 
 

@@ -1,8 +1,6 @@
 """The pipeline: positions in the global order -> records -> examples -> views -> batches with masks."""
 
-import signal
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,17 +10,17 @@ import torch
 from numpy.typing import NDArray
 from pydantic import Field, model_validator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from ssl_platform.config import Config, ConfigError, plugin
 from ssl_platform.data.companions import Companions
 from ssl_platform.data.index import Index
+from ssl_platform.data.loading import loaded, reproducible
 from ssl_platform.data.mixture import SourceConfig, mixture_problems
 from ssl_platform.data.order import Order, generator, micro_batch_positions
 from ssl_platform.data.reading import BadSampleError, ShardReader, decoded, reason
 from ssl_platform.data.remote import RemoteSettings, default_cache_dir
 from ssl_platform.data.tars import shown
-from ssl_platform.data.transfer import Cancelled, RemoteError
 from ssl_platform.location import Location
 from ssl_platform.masks import Masks
 from ssl_platform.modalities import Filtered, Modality
@@ -144,7 +142,7 @@ class MicroBatches(Dataset[Batch]):
         self._expect(positions)
         replaced: list[str] = []
         filtered: list[str] = []
-        with _reproducible():
+        with reproducible():
             samples = [self._sample(position, replaced, filtered) for position in positions]
             ids, keys, views = zip(*samples, strict=True)
             batch = collate(
@@ -229,7 +227,7 @@ def train_batches(
 
     Close the iterator (`contextlib.closing`) to end its workers.
     """
-    return _loaded(MicroBatches(index, modality, masks, **micro_batches), workers, prefetch)
+    return loaded(MicroBatches(index, modality, masks, **micro_batches), workers, prefetch)
 
 
 class _Preprocessed(Dataset[tuple[Tensor, Tensor]]):
@@ -251,7 +249,7 @@ class _Preprocessed(Dataset[tuple[Tensor, Tensor]]):
             current = self.reader.shards_of(np.array(ids))
             next_shard = self._shards.index(current[-1]) + 1
             self.reader.expect(current, self._shards[next_shard : next_shard + NUM_AHEAD])
-        with _reproducible():
+        with reproducible():
             return torch.stack([self._view(sample) for sample in ids]), torch.tensor(ids)
 
     def _view(self, sample: int) -> Tensor:
@@ -275,77 +273,6 @@ def preprocessed(
 
     Raises BadSampleError at the first sample that cannot be used: a score needs every one of its samples.
     """
-    return _loaded(
+    return loaded(
         _Preprocessed(index, modality, range(len(index)) if ids is None else ids, batch_size), workers, prefetch
     )
-
-
-@contextmanager
-def _reproducible() -> Iterator[None]:
-    """One thread, and a torch RNG of its own: the result does not depend on which process computes it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-class _Reported(Dataset[Any]):
-    """The items of a dataset, or the error that ends the run: raised in a worker, its text would be a traceback."""
-
-    def __init__(self, dataset: "MicroBatches | _Preprocessed") -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, number: int) -> Any:
-        try:
-            return self.dataset[number]
-        except (RemoteError, Cancelled) as error:
-            return error
-        except BadSampleError as error:
-            return BadSampleError(str(error))
-
-
-def _loaded(dataset: "MicroBatches | _Preprocessed", workers: int, prefetch: int) -> Generator[Any, None, None]:
-    loader = DataLoader(
-        _Reported(dataset),
-        batch_size=None,
-        num_workers=workers,
-        prefetch_factor=prefetch if workers else None,
-        collate_fn=_as_it_is,
-        worker_init_fn=_begin_worker,
-        multiprocessing_context="fork" if workers else None,  # starts in .1 s; forkserver and spawn take 3 s
-        generator=torch.Generator(),  # or it would draw from the global RNG
-    )
-    try:
-        items = iter(loader)
-        try:
-            for item in items:
-                if isinstance(item, RemoteError | Cancelled | BadSampleError):
-                    raise item
-                yield item
-        finally:
-            dataset.reader.close()  # before the workers end, which wait for their transfers
-            del items  # the workers end when this generator is closed
-    except Exception as error:
-        if not workers or isinstance(error, RemoteError):
-            raise
-        # The frames of this traceback hold the workers, in a cycle in which their end takes them many seconds; the
-        # traceback in the worker is in the error's text.
-        raise error.with_traceback(None) from None
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _begin_worker(_: int) -> None:
-    """Leaves signals to the training process: a scheduler sends them to workers too, and batches are needed to the end
-    of the step. A worker that somebody does want to end still does so, half a minute after SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))

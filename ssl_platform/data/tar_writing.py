@@ -98,7 +98,7 @@ def make_shard(job: Job) -> Made:
             tar.write(_members(sample, content))
             shard.samples += 1
             if content.values is not None:
-                _count(shard, content.values)
+                count_pixels(shard, content.values)
         # What is written now is no longer what the index says, which whoever finishes last writes again.
         (job.path.parent / "index.json").unlink(missing_ok=True)
     scan = scan_shard(job.path)
@@ -151,7 +151,8 @@ def _members(sample: Numbered, content: Content) -> dict[str, Any]:
     return members
 
 
-def _count(shard: Shard, values: NDArray[Any]) -> None:
+def count_pixels(shard: Shard, values: NDArray[Any]) -> None:
+    """Adds the values (C, ...) of one sample to the sums of a shard."""
     channels, nothing = str(len(values)), [0.0] * len(values)
     count, sums, squares = moments(values)
     shard.pixels[channels] = shard.pixels.get(channels, 0) + count

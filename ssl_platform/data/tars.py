@@ -90,7 +90,7 @@ def key_of_header(block: bytes) -> str | None:
 def parse_record(data: bytes) -> Record:
     """The sample whose tar members are `data`; raises ValueError if it is not exactly one sample."""
     key, members = None, {}
-    for member, archive in _members(io.BytesIO(data)):
+    for member, archive in tar_members(io.BytesIO(data)):
         name = split_name(member.name) if member.isreg() else None
         if name is None:
             continue
@@ -123,7 +123,7 @@ def _scan(file: IO[bytes], path: Path) -> ShardScan:
     scan = ShardScan(size=found.st_size, modified=found.st_mtime_ns)
     key, extensions, texts = None, set[str](), dict[str, str]()
     left_out = _LeftOut(path)
-    for member, archive in _members(file):
+    for member, archive in tar_members(file):
         name = split_name(member.name) if member.isreg() else None
         if name is None:
             left_out.note(member)
@@ -193,7 +193,7 @@ class _LeftOut:
             logger.warning("%s: %s (%d, the first '%s')", self.path, what, number, first)
 
 
-def _members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
+def tar_members(file: IO[bytes]) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
     """The members of a tar from where the file is; unlike `tarfile` alone, raises ValueError where it is damaged in the
     middle, and wherever its headers ask for more memory or for bytes elsewhere."""
     try:

@@ -41,7 +41,7 @@ def main(name: str, argv: Sequence[str]) -> int:
     except ValueError as error:
         reason = str(error)
     except OSError as error:
-        reason = f"{error.filename2 or error.filename or name}: {error.strerror or error}"
+        reason = f"{error.filename2 or error.filename or name}: {error.strerror}" if error.strerror else str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason += "; make room and give the same command again"
     except KeyboardInterrupt:

@@ -14,9 +14,13 @@ from numpy.typing import NDArray
 from ssl_platform.data.commands._examine import MEDIA, parse_json
 from ssl_platform.data.commands._jobs import results
 from ssl_platform.data.commands._options import printable
-from ssl_platform.data.index_files import _read_rows, read_description
+from ssl_platform.data.index_files import read_description, read_rows
 from ssl_platform.data.reading import reason
-from ssl_platform.data.tars import Record, ShardScan, _members, parse_record, scan_shard
+from ssl_platform.data.remote import Remote, RemoteSettings
+from ssl_platform.data.slides import tiles
+from ssl_platform.data.tars import Record, ShardScan, parse_record, scan_shard, tar_members
+from ssl_platform.data.transfer import RemoteError
+from ssl_platform.location import Url
 
 Value = int | str | None
 
@@ -59,23 +63,36 @@ class _Declared(NamedTuple):
 
 
 class _Job(NamedTuple):
-    path: Path
+    path: Path | Url
     name: str
     """For the report."""
     declared: _Declared | None
 
 
-def check(paths: Sequence[Path], *, decode: bool, unique_keys: bool, workers: int) -> Checked:
-    """Checks folders and tars; raises ValueError only if a path stands for nothing."""
+def check(
+    paths: Sequence[Path | Url],
+    *,
+    decode: bool,
+    unique_keys: bool,
+    workers: int,
+    remote: RemoteSettings | None = None,
+) -> Checked:
+    """Checks folders and tars; raises ValueError only if a path stands for nothing, RemoteError if no server answers."""
     whole, jobs = Checked(), list[_Job]()
+    fetched = Remote(remote or RemoteSettings()) if any(isinstance(path, Url) for path in paths) else None
     for path in paths:
+        if isinstance(path, Url):
+            assert fetched is not None
+            for url, names in fetched.expand(path):
+                jobs += _remote_jobs(fetched, url, names, with_folder=len(paths) > 1)
+            continue
         for folder, names in _folders(path):
             jobs += _jobs(folder, names, whole.problems, with_folder=len(paths) > 1)
     if not jobs and not whole.problems:
         raise ValueError(f"{paths[0]}: no tar shards in this folder (ssl-pack makes them)")
     whole.shards = len(jobs)
     first_use: dict[bytes, str] = {}
-    work = partial(_check_shard, decode=decode)
+    work = partial(_check_shard, decode=decode, remote=fetched)
     for job, part in results(work, jobs, workers=workers, description="verifying", size=_size):
         whole.samples += part.samples
         whole.decoded += part.decoded
@@ -118,7 +135,7 @@ def _jobs(folder: Path, names: list[str] | None, problems: list[Problem], with_f
     try:
         about = read_description(folder)
         if about is not None:
-            rows = _read_rows(folder, about)
+            rows = read_rows(folder, about)
     except ValueError as error:
         about = None
         problems.append(Problem(f"{prefix}index.json", "", _without(reason(error), folder)))
@@ -127,47 +144,71 @@ def _jobs(folder: Path, names: list[str] | None, problems: list[Problem], with_f
         problems.append(Problem(f"{prefix}pack.json", "", "packing was not finished; give the same command again"))
     declared = dict[str, _Declared]()
     if about is not None and rows is not None:
-        first = 0
-        for shard in about["shards"]:
-            part = rows[first : first + shard["samples"]]
-            declared[shard["name"]] = _Declared(shard["bytes"], part, about)
-            first += shard["samples"]
+        declared = _declared(about, rows)
         unknown = sorted((present if names is None else set(names)) - declared.keys())
         problems += [Problem(f"{prefix}{name}", "", "not in the index.json beside it") for name in unknown]
     wanted = sorted(present | declared.keys()) if names is None else names
     return [_Job(folder / name, prefix + name, declared.get(name)) for name in wanted]
 
 
-def _without(text: str, path: Path) -> str:
+def _remote_jobs(remote: Remote, folder: Url, names: list[str] | None, with_folder: bool) -> list[_Job]:
+    """The same of a folder behind a URL, which is what its index says; raises ValueError if that is of no use."""
+    about, rows, wanted = remote.open_folder(folder, names)
+    shards = [about["shards"][number]["name"] for number in wanted]
+    declared, prefix = _declared(about, rows), f"{folder.name}/" if with_folder else ""
+    return [_Job(folder / name, prefix + name, declared[name]) for name in shards]
+
+
+def _declared(about: Mapping[str, Any], rows: NDArray[Any]) -> dict[str, _Declared]:
+    declared, first = {}, 0
+    for shard in about["shards"]:
+        declared[shard["name"]] = _Declared(shard["bytes"], rows[first : first + shard["samples"]], about)
+        first += shard["samples"]
+    return declared
+
+
+def _without(text: str, path: Path | Url) -> str:
     """The reason alone, where a message begins with the file that the report names anyway."""
     return text.removeprefix(f"{path}: ").replace(f"{path}/", "")
 
 
-def _check_shard(job: _Job, decode: bool) -> Checked:
+def _check_shard(job: _Job, decode: bool, remote: Remote | None) -> Checked:
+    if isinstance(job.path, Path):
+        return _check_file(job, job.path, decode)
+    assert remote is not None
+    try:
+        with remote.copy(job.path) as path:
+            return _check_file(job, path, decode)
+    except RemoteError as error:
+        return Checked(problems=[Problem(job.name, "", printable(_without(str(error), job.path)))])
+
+
+def _check_file(job: _Job, path: Path, decode: bool) -> Checked:
+    """Checks the shard of a job, which lies at `path`."""
     found = Checked()
 
     def wrong(key: str, why: str) -> None:
         found.problems.append(Problem(job.name, printable(key), printable(why)))
 
-    if not job.path.is_file():
+    if not path.is_file():
         wrong("", "listed in index.json, but there is no such file")
         return found
-    size = job.path.stat().st_size
+    size = path.stat().st_size
     if job.declared is not None and size != job.declared.size:
         wrong("", f"has {size} bytes, and {job.declared.size} when it was indexed")
     scan = None
     try:
-        scan = scan_shard(job.path)
+        scan = scan_shard(path)
     except Exception as error:
-        wrong("", _without(reason(error), job.path))
-    for name, why in _bad_members(job.path):
+        wrong("", _without(reason(error), path))
+    for name, why in _bad_members(path):
         wrong(name, why)
     if scan is not None and scan.stops and size < scan.stops[-1] + tarfile.BLOCKSIZE:
         wrong("", "the end-of-archive mark is missing: is the file complete?")
     ranges = _ranges(job, scan)
     found.samples, keys = len(ranges), dict[int, str]()
     try:
-        file = job.path.open("rb")
+        file = path.open("rb")
     except OSError:  # as told above
         return found
     with file:
@@ -186,7 +227,7 @@ def _check_shard(job: _Job, decode: bool) -> Checked:
             for why in _bad_record(record, job.declared):
                 wrong(record.key, why)
             if decode:
-                bad, decoded = _bad_media(record)
+                bad, decoded = _bad_media(record, job.path)
                 found.decoded += decoded
                 for why in bad:
                     wrong(record.key, why)
@@ -202,7 +243,7 @@ def _bad_members(path: Path) -> Iterator[tuple[str, str]]:
     """Members that no sample should have, by the headers alone; a damaged tar ends the search, and is told elsewhere."""
     try:
         with path.open("rb") as file:
-            for member, _ in _members(file):
+            for member, _ in tar_members(file):
                 parts = PurePosixPath(member.name).parts
                 if member.name.startswith("/"):
                     yield member.name, "absolute name"
@@ -272,9 +313,13 @@ def _said(value: Value) -> str:
     return "none" if value is None else repr(value)
 
 
-def _bad_media(record: Record) -> tuple[list[str], int]:
+def _bad_media(record: Record, shard: Path | Url) -> tuple[list[str], int]:
     """What cannot be decoded, and 1 if something could."""
     bad, decoded = [], 0
+    try:
+        record = tiles.resolved(record, shard)
+    except Exception as error:
+        return [f"{tiles.REFERENCE}: {reason(error)}"], 0
     for extension, data in record.members.items():
         kind = extension.rpartition(".")[2]
         if kind in MEDIA:

@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_platform.data.commands._examine import examine
-from ssl_platform.data.commands._jobs import progress, read_keys
+from ssl_platform.data.commands._jobs import read_keys
 from ssl_platform.data.commands._near_duplicates import near_duplicates, read_features, thumbnail_features
 from ssl_platform.data.index import Index
 from ssl_platform.data.order import generator
+from ssl_platform.data.work_progress import WorkProgress
 
 _NAMED = 5
 
@@ -73,8 +74,8 @@ def choose(index: Index, rules: Rules, workers: int) -> Choice:
             if not any(found.has_thumbnail):
                 raise ValueError("--near-duplicates: no sample could be decoded as an image; give --features")
         order = left if scores is None else left[np.argsort(-scores[left], kind="stable")]
-        with progress(len(order), "near-duplicates") as advance:
-            twins = near_duplicates(rows, rules.near_duplicates, order=order, advance=advance)
+        with WorkProgress(len(order), "near-duplicates") as progress:
+            twins = near_duplicates(rows, rules.near_duplicates, order=order, advance=progress.advance)
         for sample in np.flatnonzero(twins.of >= 0).tolist():
             twin = choice.keys[twins.of[sample]]
             choice.drop(sample, "near-duplicate", f"of {twin}, cosine {twins.similarity[sample]:.4f}")

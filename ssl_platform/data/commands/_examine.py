@@ -19,6 +19,7 @@ from ssl_platform.data.commands._near_duplicates import THUMBNAIL_SIZE, thumbnai
 from ssl_platform.data.commands._options import printable
 from ssl_platform.data.index import Index
 from ssl_platform.data.reading import ShardReader, reason
+from ssl_platform.data.transfer import RemoteError
 from ssl_platform.modalities._images import EXTENSIONS, decode_image, resize, to_float
 
 _ABOUT = ("json", "cls")
@@ -127,6 +128,8 @@ def _examine_some(index: Index, samples: NDArray[np.int64], pictures: set[int]) 
                 found.thumbnails[place] = thumbnail(media.pixels)
             if media is not None and sample in pictures:
                 found.pictures[sample] = small_jpeg(media.pixels)
+        except RemoteError:  # thousands of samples are not bad because their shard is out of reach
+            raise
         except Exception as error:  # whatever is wrong with one sample is a line of the report
             found.bad[sample] = printable(reason(error))
             media = None

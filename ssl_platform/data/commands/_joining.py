@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ssl_platform.data.commands._jobs import files_of, read_keys, results
-from ssl_platform.data.commands._out import Unfinished, shard_name, unfinished
+from ssl_platform.data.commands._jobs import files_of, folders_of, read_keys, results
+from ssl_platform.data.commands._out import Unfinished, unfinished
 from ssl_platform.data.index import Index
-from ssl_platform.data.index_files import describe, read_description, write_index
+from ssl_platform.data.index_files import read_description, write_index
+from ssl_platform.data.index_rows import describe
+from ssl_platform.data.pack_state import shard_name
 from ssl_platform.data.reading import ShardReader
+from ssl_platform.data.slides import tiles
 from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard
 
 logger = logging.getLogger(__name__)
@@ -53,7 +56,8 @@ def merge(inputs: Sequence[Path], out: Path, *, link: bool, allow_duplicate_keys
         "samples": hashlib.blake2b(index.starts.tobytes() + index.stops.tobytes(), digest_size=16).hexdigest(),
     }
     needed = 0 if link else sum(job.source_state[0] for job in jobs)
-    with unfinished(out, settings, needed) as folder:
+    with unfinished(out, settings, needed, tiles.REPORT) as folder:
+        tiles.join_tables(folders_of(index), out)
         scans = {}
         work = partial(_place, folder, link)
         for job, scan in results(work, jobs, workers=workers, description="merging", size=lambda job: job.samples):

@@ -2,16 +2,14 @@
 
 import argparse
 import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssl_platform.data.pack_options import count
+from ssl_platform.location import Url
 
 
-def count(text: str) -> int:
-    """A whole number of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"'{text}': expected a whole number of at least 1")
-    return int(text)
-
-
-def share(text: str) -> float:
+def positive_share(text: str) -> float:
     """A number above 0, up to 1."""
     value = number(text)
     if not 0 < value <= 1:
@@ -33,6 +31,16 @@ def number(text: str) -> float:
 def add_workers(parser: argparse.ArgumentParser) -> None:
     """`--workers`, the same for each command."""
     parser.add_argument("--workers", metavar="N", type=count, default=1, help="processes; default 1")
+
+
+def on_this_machine(places: Sequence[Path | Url]) -> list[Path]:
+    """Places as paths; raises ValueError if one is a URL."""
+    if urls := [place for place in places if isinstance(place, Url)]:
+        raise ValueError(
+            f"{urls[0]}: this command copies from and to folders on this machine; download the whole folder, with its "
+            "index.json and index.npy, and upload what comes out"
+        )
+    return [place for place in places if isinstance(place, Path)]
 
 
 def printable(name: str) -> str:

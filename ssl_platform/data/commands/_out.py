@@ -1,6 +1,5 @@
 """The folder that a command writes shards into: finished shards outlive a kill, and nobody takes it for whole before."""
 
-import fcntl
 import json
 import shutil
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ssl_platform.data.commands._options import counted
+from ssl_platform.data.pack_state import Lock
 from ssl_platform.data.tars import write_json
 
 _SECONDS_BETWEEN_SAVES = 5
@@ -56,30 +56,25 @@ def unfinished(out: Path, settings: dict[str, Any], needed: int, *others: str) -
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out}: is a file; expected an empty or new folder")
     made = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
+    folder, lock = None, Lock(out)
+    try:
+        lock.take()
+        finished = _finished(out, settings, others)
+        have = sum((out / name).stat().st_size for name in finished if (out / name).is_file())
+        free = shutil.disk_usage(out).free
+        if needed - have > free:
+            raise ValueError(f"{out}: {needed - have:,} bytes are needed and {free:,} are free on this disk")
+        folder = Unfinished(out, settings, finished)
+        folder.save()
+        yield folder
+    finally:
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{out}: another ssl-pack is at work in this folder") from None
-        folder = None
-        try:
-            finished = _finished(out, settings, others)
-            have = sum((out / name).stat().st_size for name in finished if (out / name).is_file())
-            free = shutil.disk_usage(out).free
-            if needed - have > free:
-                raise ValueError(f"{out}: {needed - have:,} bytes are needed and {free:,} are free on this disk")
-            folder = Unfinished(out, settings, finished)
-            folder.save()
-            yield folder
+            if folder is not None:  # what is finished counts, whatever ends this run
+                folder.save()
         finally:
-            try:
-                if folder is not None:  # what is finished counts, whatever ends this run
-                    folder.save()
-            finally:
-                (out / ".lock").unlink()
-                if made and not any(out.iterdir()):
-                    out.rmdir()
+            lock.close()
+            if made and not any(out.iterdir()):
+                out.rmdir()
 
 
 def _finished(out: Path, settings: dict[str, Any], others: tuple[str, ...]) -> dict[str, dict[str, Any]]:
@@ -102,10 +97,6 @@ def _finished(out: Path, settings: dict[str, Any], others: tuple[str, ...]) -> d
             f"{out}: holds the result of another command, which differs in {', '.join(differ)}: name an empty folder"
         )
     return shards
-
-
-def shard_name(number: int) -> str:
-    return f"shard-{number:06d}.tar"
 
 
 def report(out: Path, about: Mapping[str, Any]) -> None:

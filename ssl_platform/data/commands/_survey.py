@@ -10,10 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_platform.data.commands._examine import Examined, examine
-from ssl_platform.data.commands._jobs import files_of, progress
 from ssl_platform.data.commands._near_duplicates import Twins, near_duplicates, read_features, thumbnail_features
 from ssl_platform.data.index import Index
 from ssl_platform.data.order import generator
+from ssl_platform.data.remote import RemoteSettings
+from ssl_platform.data.work_progress import WorkProgress
+from ssl_platform.location import Url
 
 MAX_LISTED = 200
 """Bad samples and groups of duplicates that a report names; all are counted."""
@@ -25,7 +27,7 @@ _SPLITS = re.compile(r"(?<![a-z])(train|training|val|valid|validation|dev|test)(
 
 
 def survey(
-    paths: Sequence[Path],
+    paths: Sequence[Path | Url],
     *,
     sample: int | None,
     seed: int,
@@ -33,9 +35,10 @@ def survey(
     features: Path | None,
     pictures_a_label: int,
     workers: int,
+    remote: RemoteSettings | None = None,
 ) -> tuple[dict[str, Any], dict[int, bytes]]:
     """The report, as `inspect.json` holds it, and {sample: JPEG}; the arguments are the command's options."""
-    index = Index.open(paths)
+    index = Index.open(paths, remote)
     given = None if features is None else read_features(features, len(index))
     samples = np.arange(len(index))
     if sample is not None and sample < len(index):
@@ -44,12 +47,12 @@ def survey(
     pictured = [picture for _, group in chosen for picture in group]
     found = examine(index, samples, pictures=pictured, workers=workers)
     comparable = np.flatnonzero(found.has_thumbnail if given is None else [bool(hash_) for hash_ in found.hashes])
-    with progress(len(comparable), "near-duplicates") as advance:
+    with WorkProgress(len(comparable), "near-duplicates") as progress:
         if given is None:
             rows = thumbnail_features(found.thumbnails)
         else:
             rows = given if len(samples) == len(index) else given[samples]
-        twins = near_duplicates(rows, threshold, order=comparable, advance=advance)
+        twins = near_duplicates(rows, threshold, order=comparable, advance=progress.advance)
     near = _near_groups(found, twins)
     extra = [member for group in near[:_SHOWN_GROUPS] for member, _ in group[:4]]
     missing = np.array(sorted({int(samples[place]) for place in extra} - found.pictures.keys()), dtype=np.int64)
@@ -62,7 +65,7 @@ def survey(
         "examined": len(samples),
         "seed": seed,
         "statistics": index.statistics,
-        "sources": _sources(paths),
+        "sources": _sources(paths, remote),
         "labels": _labels(index),
         "unlabelled": int((index.labels < 0).sum()),
         "groups": _groups(index),
@@ -118,7 +121,7 @@ def label_name(index: Index, label: int) -> str:
 
 def _named(index: Index, found: Examined, sample: int) -> dict[str, Any]:
     place = int(np.searchsorted(found.samples, sample))
-    shard = files_of(index)[int(index.shard_of[sample])].name
+    shard = index.shards[int(index.shard_of[sample])].name
     return {"sample": sample, "key": found.keys[place], "shard": shard}
 
 
@@ -126,10 +129,10 @@ def _first(bad: dict[int, str]) -> list[int]:
     return sorted(bad)[:MAX_LISTED]
 
 
-def _sources(paths: Sequence[Path]) -> list[dict[str, Any]]:
+def _sources(paths: Sequence[Path | Url], remote: RemoteSettings | None) -> list[dict[str, Any]]:
     sources = []
     for path in paths:
-        part = Index.open(path)
+        part = Index.open(path, remote)
         sources.append({"path": path.name or path.resolve().name, "shards": part.num_shards, "samples": len(part)})
     return sources
 
@@ -158,8 +161,8 @@ def _splits(index: Index, found: Examined) -> dict[str, int]:
     if any(found.splits):
         return dict(sorted(Counter(split or "(none)" for split in found.splits).items()))
     by_path = Counter[str]()
-    for shard, count in zip(files_of(index), index.shard_counts, strict=True):
-        word = _SPLITS.search(shard.stem.lower()) or _SPLITS.search(shard.parent.name.lower())
+    for shard, count in zip(index.shards, index.shard_counts, strict=True):
+        word = _SPLITS.search(shard.name.lower()) or _SPLITS.search(shard.parent.name.lower())
         by_path[word[1] if word else "(none)"] += count
     return {} if set(by_path) == {"(none)"} else dict(sorted(by_path.items()))
 

@@ -18,14 +18,17 @@ from numpy.typing import NDArray
 
 from ssl_platform.data.commands._choosing import Choice, Rules, choose
 from ssl_platform.data.commands._examine import decode_members
-from ssl_platform.data.commands._jobs import files_of, results
+from ssl_platform.data.commands._jobs import files_of, folders_of, results
 from ssl_platform.data.commands._joining import cls_differs
 from ssl_platform.data.commands._options import counted
-from ssl_platform.data.commands._out import Unfinished, shard_name, unfinished
+from ssl_platform.data.commands._out import Unfinished, unfinished
 from ssl_platform.data.index import Index
-from ssl_platform.data.index_files import describe, write_index
+from ssl_platform.data.index_files import write_index
+from ssl_platform.data.index_rows import describe
+from ssl_platform.data.pack_state import shard_name
 from ssl_platform.data.reading import reason
-from ssl_platform.data.tar_writing import Shard, _count, statistics
+from ssl_platform.data.slides import tiles
+from ssl_platform.data.tar_writing import Shard, count_pixels, statistics
 from ssl_platform.data.tars import Record, ShardScan, atomic_file, parse_record, scan_shard
 
 logger = logging.getLogger(__name__)
@@ -66,7 +69,8 @@ def prune(
     jobs = [_Job(out / shard_name(number), chunk, _digest(index, chunk)) for number, chunk in enumerate(chunks)]
     settings = {"command": "prune", "samples_per_shard": samples_per_shard, "kept": [job.inputs for job in jobs]}
     needed = int((index.stops[kept] - index.starts[kept]).sum()) + len(jobs) * tarfile.RECORDSIZE
-    with unfinished(out, settings, needed, "dropped.csv") as folder:
+    with unfinished(out, settings, needed, "dropped.csv", tiles.REPORT) as folder:
+        tiles.join_tables(folders_of(index), out)
         every, scans = [], {}
         work = partial(_write_shard, index, folder, measure)
         for job, (written, scan) in results(
@@ -113,7 +117,7 @@ def _write_shard(index: Index, folder: Unfinished, measure: bool, job: _Job) -> 
             data, record_read = _read(index, sample)
             file.write(data)
             if measure:
-                _measure(record_read, index.shards[index[sample].shard].name, written)
+                _measure(record_read, files_of(index)[index.shard_number(sample)], written)
         size = file.tell() + 2 * tarfile.BLOCKSIZE  # the end of an archive, filled up as `tarfile` does it
         file.write(bytes(-(-size // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - file.tell()))
     scan = scan_shard(job.out)
@@ -141,16 +145,16 @@ def _read(index: Index, sample: int) -> tuple[bytes, Record]:
         os.close(file)
 
 
-def _measure(record: Record, shard: str, written: _Written) -> None:
+def _measure(record: Record, shard: Path, written: _Written) -> None:
     try:
-        media = decode_members(record.members)
+        media = decode_members(tiles.resolved(record, shard).members)
         if media is None:
             raise ValueError(f"no image among its members {', '.join(record.members)}")
     except ValueError as error:
-        written.undecoded.append(f"{shard}: {record.key}: {error}")
+        written.undecoded.append(f"{shard.name}: {record.key}: {error}")
         return
     num_samples = written.sums.samples
-    _count(written.sums, media.pixels.numpy())
+    count_pixels(written.sums, media.pixels.numpy())
     written.sums.samples = num_samples + 1
 
 

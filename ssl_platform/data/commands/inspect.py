@@ -20,19 +20,24 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssl_platform.data.commands._options import add_workers, count, counted, share
+from ssl_platform.data.commands._options import add_workers, counted, positive_share
+from ssl_platform.data.pack_options import count
+from ssl_platform.data.remote import RemoteSettings, add_cache_arguments
+from ssl_platform.location import location
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("shards", metavar="SHARDS", type=Path, nargs="+", help="folders, tars or quoted patterns")
+    parser.add_argument(
+        "shards", metavar="SHARDS", type=location, nargs="+", help="folders, tars, quoted patterns, or URLs of these"
+    )
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path(), help="folder for the report; default: here")
     parser.add_argument("--sample", metavar="N", type=count, help="read only so many samples, drawn by --seed")
     parser.add_argument(
         "--seed", metavar="N", type=int, default=0, help="of that choice and of the pictures; default 0"
     )
     parser.add_argument(
-        "--near", metavar="COSINE", type=share, default=0.95, help="of near-duplicates; default %(default)s"
+        "--near", metavar="COSINE", type=positive_share, default=0.95, help="of near-duplicates; default %(default)s"
     )
     parser.add_argument(
         "--features", metavar="FILE.npy", type=Path, help="rows (N, D) to compare instead of thumbnails"
@@ -41,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--pictures", metavar="N", type=count, default=8, help="of each label, for at most 30 labels; default 8"
     )
     add_workers(parser)
+    add_cache_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -60,6 +66,7 @@ def run(arguments: argparse.Namespace) -> int:
         features=arguments.features,
         pictures_a_label=arguments.pictures,
         workers=arguments.workers,
+        remote=RemoteSettings.of_arguments(arguments),
     )
     out.mkdir(parents=True, exist_ok=True)
     with atomic_file(out / "inspect.html") as file:

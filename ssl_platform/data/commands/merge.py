@@ -14,14 +14,16 @@ examples:
 """
 
 import argparse
-from pathlib import Path
 
-from ssl_platform.data.commands._options import add_workers
+from ssl_platform.data.commands._options import add_workers, on_this_machine
+from ssl_platform.location import location
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("paths", metavar="SHARDS ... OUT", type=Path, nargs="+", help="two or more inputs, then OUT")
+    parser.add_argument(
+        "paths", metavar="SHARDS ... OUT", type=location, nargs="+", help="two or more inputs, then OUT"
+    )
     parser.add_argument("--link", action="store_true", help="hard links instead of copies (same disk; change neither)")
     parser.add_argument(
         "--allow-duplicate-keys", action="store_true", help="keep all samples although some have the same key"
@@ -34,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
     from ssl_platform.data.commands._joining import merge
     from ssl_platform.data.commands._out import report
 
-    *inputs, out = arguments.paths
+    *inputs, out = on_this_machine(arguments.paths)
     if len(inputs) < 2:
         raise ValueError(f"{out}: expected two or more inputs and then the folder to write: merge A B OUT")
     about = merge(

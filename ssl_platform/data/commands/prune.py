@@ -21,20 +21,26 @@ examples:
 import argparse
 from pathlib import Path
 
-from ssl_platform.data.commands._options import add_workers, count, number, share
+from ssl_platform.data.commands._options import add_workers, number, on_this_machine, positive_share
+from ssl_platform.data.pack_options import count
+from ssl_platform.location import location
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("shards", metavar="SHARDS", type=Path, nargs="+", help="folders, tars or quoted patterns")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for the shards, empty or new")
-    parser.add_argument("--keep", metavar="SHARE", type=share, help="keep so many of those left, drawn by --seed")
+    parser.add_argument("shards", metavar="SHARDS", type=location, nargs="+", help="folders, tars or quoted patterns")
+    parser.add_argument("out", metavar="OUT", type=location, help="folder for the shards, empty or new")
+    parser.add_argument(
+        "--keep", metavar="SHARE", type=positive_share, help="keep so many of those left, drawn by --seed"
+    )
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of that choice; default 0")
     parser.add_argument("--scores", metavar="FILE", type=Path, help="a score for each sample, .csv or .npy")
-    parser.add_argument("--keep-top", metavar="SHARE", type=share, help="keep this share, the highest scores")
+    parser.add_argument("--keep-top", metavar="SHARE", type=positive_share, help="keep this share, the highest scores")
     parser.add_argument("--min-score", metavar="X", type=number, help="keep scores of at least this")
     parser.add_argument("--max-score", metavar="X", type=number, help="keep scores of at most this")
-    parser.add_argument("--near-duplicates", metavar="COSINE", type=share, help="keep one of each group; try 0.95")
+    parser.add_argument(
+        "--near-duplicates", metavar="COSINE", type=positive_share, help="keep one of each group; try 0.95"
+    )
     parser.add_argument(
         "--features", metavar="FILE.npy", type=Path, help="rows (N, D) to compare instead of thumbnails"
     )
@@ -70,13 +76,14 @@ def run(arguments: argparse.Namespace) -> int:
     )
     if rules == Rules(seed=arguments.seed):
         raise ValueError("what to leave out? give --keep, --scores, --near-duplicates or --drop-bad")
+    *inputs, out = on_this_machine([*arguments.shards, arguments.out])
     about = prune(
-        arguments.shards,
-        arguments.out,
+        inputs,
+        out,
         rules,
         samples_per_shard=arguments.samples_per_shard,
         measure=not arguments.no_statistics,
         workers=arguments.workers,
     )
-    report(arguments.out, about)
+    report(out, about)
     return 0

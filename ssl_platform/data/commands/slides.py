@@ -94,9 +94,9 @@ def _add_tiles(group: Any) -> None:
 
 
 def _add_checks(group: Any) -> None:
-    from ssl_platform.data.pack import _share
+    from ssl_platform.data.pack_options import share
 
-    group.add_argument("--min-tissue", metavar="SHARE", type=_share, default=0.5, help="of the tile; default 0.5")
+    group.add_argument("--min-tissue", metavar="SHARE", type=share, default=0.5, help="of the tile; default 0.5")
     group.add_argument("--mask-mpp", metavar="MICRONS", type=_positive, default=8.0, help="of the mask; default 8")
     group.add_argument(
         "--saturation",
@@ -108,17 +108,17 @@ def _add_checks(group: Any) -> None:
     group.add_argument(
         "--closing", metavar="MICRONS", type=_length, default=40.0, help="radius that fills gaps; default 40"
     )
-    group.add_argument("--max-ink", metavar="SHARE", type=_share, default=0.05, help="pen marks; default 0.05")
+    group.add_argument("--max-ink", metavar="SHARE", type=share, default=0.05, help="pen marks; default 0.05")
     group.add_argument(
-        "--ink-saturation", metavar="SHARE", type=_share, default=0.4, help="of blue and green ink; default 0.4"
+        "--ink-saturation", metavar="SHARE", type=share, default=0.4, help="of blue and green ink; default 0.4"
     )
     group.add_argument(
-        "--ink-black", metavar="SHARE", type=_share, default=0.25, help="black ink is darker; default 0.25"
+        "--ink-black", metavar="SHARE", type=share, default=0.25, help="black ink is darker; default 0.25"
     )
     group.add_argument(
         "--min-stained",
         metavar="SHARE",
-        type=_share,
+        type=share,
         default=0.0,
         help="of the tile's pixels with hue, saturation and value of stain, as modality.min_tissue; default 0",
     )
@@ -132,14 +132,14 @@ def _add_checks(group: Any) -> None:
 
 
 def _add_regions(group: Any) -> None:
-    from ssl_platform.data.pack import _share
+    from ssl_platform.data.pack_options import share
 
     group.add_argument("--include-geojson", metavar="PATH", type=Path, help="only tiles in these regions")
     group.add_argument("--exclude-geojson", metavar="PATH", type=Path, help="no tiles in these regions")
     group.add_argument("--labels-geojson", metavar="PATH", type=Path, help="a region's class is the label of its tiles")
-    group.add_argument("--include-share", metavar="SHARE", type=_share, default=0.5, help="at least; default 0.5")
-    group.add_argument("--exclude-share", metavar="SHARE", type=_share, default=0.1, help="at most; default 0.1")
-    group.add_argument("--label-share", metavar="SHARE", type=_share, default=0.5, help="at least; default 0.5")
+    group.add_argument("--include-share", metavar="SHARE", type=share, default=0.5, help="at least; default 0.5")
+    group.add_argument("--exclude-share", metavar="SHARE", type=share, default=0.1, help="at most; default 0.1")
+    group.add_argument("--label-share", metavar="SHARE", type=share, default=0.5, help="at least; default 0.5")
     group.add_argument(
         "--uncropped-geojson", action="store_true", help="regions were drawn with the slide's empty margins (--no-crop)"
     )

@@ -17,13 +17,15 @@ import sys
 from pathlib import Path
 
 from ssl_platform.data.commands._options import add_workers, counted
+from ssl_platform.data.remote import RemoteSettings, add_cache_arguments
+from ssl_platform.location import location
 
 _SHOWN = 50
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("shards", metavar="SHARDS", type=Path, nargs="+", help="folders or tars")
+    parser.add_argument("shards", metavar="SHARDS", type=location, nargs="+", help="folders, tars or URLs of these")
     parser.add_argument(
         "--quick", action="store_true", help="only names, byte ranges, labels and groups: decode nothing"
     )
@@ -32,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-duplicate-keys", action="store_true", help="for what `ssl-pack merge` joined with the same option"
     )
     add_workers(parser)
+    add_cache_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -46,6 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         decode=not arguments.quick,
         unique_keys=not arguments.allow_duplicate_keys,
         workers=arguments.workers,
+        remote=RemoteSettings.of_arguments(arguments),
     )
     if arguments.json is not None:
         problems = [problem._asdict() for problem in found.problems]

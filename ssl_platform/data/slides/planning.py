@@ -3,16 +3,14 @@
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ssl_platform.data.packing import _begin_worker
+from ssl_platform.data.processes import parallel
 from ssl_platform.data.slides.listing import SlideRow
 from ssl_platform.data.slides.preview import write_preview
 from ssl_platform.data.slides.reading import SlideTiles
@@ -57,7 +55,7 @@ def plan_slides(
     rows = [*rows[first:], *rows[:first]]
     plans: list[SlidePlan] = []
     said = begun = time.monotonic()
-    for row, plan in zip(rows, _mapped(work, rows, workers), strict=True):
+    for row, plan in parallel(work, rows, workers, in_order=True):
         plans.append(plan)
         for reason in (plan.failed, plan.left_out):
             if reason:
@@ -72,18 +70,6 @@ def plan_slides(
                 "%d of %d slides looked at, %.1f a second, %.0f minutes left", len(plans), len(rows), rate, left
             )
     return [*plans[len(rows) - first :], *plans[: len(rows) - first]]
-
-
-def _mapped(work: Any, rows: Sequence[SlideRow], workers: int) -> Iterator[SlidePlan]:
-    if workers <= 1 or len(rows) == 1:
-        yield from map(work, rows)
-        return
-    context = multiprocessing.get_context("fork")
-    pool = ProcessPoolExecutor(min(workers, len(rows)), context, initializer=_begin_worker, initargs=(os.getpid(),))
-    try:
-        yield from pool.map(work, rows)
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def _remembered(row: SlideRow, options: Options, folder: Path, previews: Path | None) -> SlidePlan:

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 
 from ssl_platform.data.identity import lookup_folder
+from ssl_platform.data.index_files import read_description
 from ssl_platform.data.slides import stain
 from ssl_platform.data.slides.checks import sharpness
 from ssl_platform.data.slides.reading import SlideTiles, read_area
-from ssl_platform.data.tars import Record
+from ssl_platform.data.tars import Record, write_json
 from ssl_platform.modalities.pathology import tissue_fraction
 
 REFERENCE = "tile"
@@ -55,11 +57,13 @@ def reference(corner: tuple[int, int], tiles: SlideTiles) -> bytes:
     return json.dumps({"slide": tiles.key, "x": corner[0], "y": corner[1]}).encode()
 
 
-def with_pixels(record: Record, shard: object) -> Record:
-    """The record of a tile that still lies in its slide, with its pixels as the member "npy".
+def resolved(record: Record, shard: object) -> Record:
+    """A record as a reader wants it: of a tile that still lies in its slide, with its pixels as the member "npy".
 
     `shard` is where the record lies. Raises ValueError, without the name of the slide, if they cannot be read.
     """
+    if REFERENCE not in record.members:
+        return record
     if not isinstance(shard, Path):
         raise ValueError("made with --index-only, which only finds its slides where it lies in a folder, not at a URL")
     folder, members = shard.parent, dict(record.members)
@@ -68,6 +72,34 @@ def with_pixels(record: Record, shard: object) -> Record:
     file = io.BytesIO()
     np.save(file, read_tile(path, (place["x"], place["y"]), tiles))
     return Record(record.key, {**members, "npy": file.getvalue()})
+
+
+def join_tables(folders: Iterable[Path], out: Path) -> None:
+    """Lets tiles of index-only shards that were copied from `folders` to `out` find their slides from there.
+
+    Raises ValueError if two folders read the same slide in different ways, or one cannot find its own.
+    """
+    reads: dict[str, Any] = {}
+    paths: dict[str, str] = {}
+    for folder in folders:
+        packed = (read_description(folder) or {}).get("packed", {})
+        if not (folder / REPORT).exists() or not packed.get("slides.index_only", True):  # its shards hold pixels
+            continue
+        _modified(folder)  # says what is missing
+        found = json.loads((folder / REPORT).read_text(encoding="utf-8"))["slides"]
+        for key, path in json.loads(_lookup(folder).read_text(encoding="utf-8")).items():
+            if key not in found:  # a slide of other parts or splits
+                continue
+            read = {"read": found[key]["read"]}
+            if reads.setdefault(key, read) != read or paths.setdefault(key, path) != path:
+                raise ValueError(
+                    f"{folder}: reads slide {key} in another way or place than another input, and shards made with "
+                    "--index-only have one for each slide; leave them apart and give data.shards the list"
+                )
+    if paths:
+        write_json(out / REPORT, {"format": 1, "slides": reads})
+        lookup_folder(out).mkdir(mode=0o700, parents=True, exist_ok=True)
+        write_json(lookup_folder(out) / PATHS, paths)
 
 
 def _modified(folder: Path) -> tuple[int, ...]:
@@ -83,8 +115,8 @@ def _modified(folder: Path) -> tuple[int, ...]:
 
 def _lookup(folder: Path) -> Path:
     """The table of paths; shards of a split lie in a folder of the one that it belongs to."""
-    own = lookup_folder(folder) / PATHS
-    return own if own.exists() else lookup_folder(folder.parent) / PATHS
+    own, above = (lookup_folder(place) / PATHS for place in (folder, folder.parent))
+    return above if above.exists() and not own.exists() else own
 
 
 @lru_cache(maxsize=16)

@@ -1,4 +1,4 @@
-"""How far a pack is: a bar on a terminal, else a line in the log every half minute."""
+"""How far a command is: a bar on a terminal, else a line in the log every half minute."""
 
 import logging
 import sys
@@ -9,7 +9,6 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from ssl_platform.data.tar_writing import Made
 from ssl_platform.progress import duration
 
 logger = logging.getLogger(__name__)
@@ -17,17 +16,17 @@ logger = logging.getLogger(__name__)
 LOG_SECONDS = 30.0
 
 
-class PackProgress:
-    """Counts samples and bytes of shards as they are done; use it in a `with` block."""
+class WorkProgress:
+    """Counts samples, and bytes that were written, as they are done; use it in a `with` block."""
 
-    def __init__(self, total: int) -> None:
-        """`total` samples are to come."""
-        self.total, self.done = total, 0
+    def __init__(self, total: int, description: str) -> None:
+        """`total` samples are to come; `description` is a word for the work."""
+        self.total, self.done, self._description = total, 0, description
         self._new_samples, self._new_bytes, self._begun = 0, 0, time.monotonic()
         self._ended = threading.Event()
         self._is_terminal = sys.stderr.isatty()
         self._bar = Progress(
-            TextColumn("packing"),
+            TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
             TextColumn("samples"),
@@ -35,27 +34,28 @@ class PackProgress:
             console=Console(stderr=True),
             disable=not self._is_terminal,
         )
-        self._task = self._bar.add_task("packing", total=total, rate="")
+        self._task = self._bar.add_task(description, total=total, rate="")
         self._thread = threading.Thread(target=self._log, daemon=True)
 
-    def finished(self, num_samples: int, made: Made) -> None:
-        """One shard is there. Those that were there before count as done, but not for the rate."""
+    def advance(self, num_samples: int, num_bytes: int = 0, *, is_new: bool = True) -> None:
+        """So many more samples are done; what was there before does not count for the rate."""
         self.done += num_samples
-        if made.is_new:
+        if is_new:
             self._new_samples += num_samples
-            self._new_bytes += made.shard.bytes
+            self._new_bytes += num_bytes
         self._bar.update(self._task, completed=self.done, rate=self.rate())
 
     def rate(self) -> str:
-        """Such as "120 samples/s, 3.4 MB/s, 5 min left"; empty before the first new shard."""
+        """Such as "120 samples/s, 3.4 MB/s, 5 min left"; empty before the first new samples."""
         seconds = time.monotonic() - self._begun
         if not self._new_samples or seconds <= 0:
             return ""
         speed = self._new_samples / seconds
         left = (self.total - self.done) / speed
-        return f"{speed:.0f} samples/s, {self._new_bytes / 1e6 / seconds:.1f} MB/s, {duration(left)} left"
+        written = f" {self._new_bytes / 1e6 / seconds:.1f} MB/s," if self._new_bytes else ""
+        return f"{speed:.0f} samples/s,{written} {duration(left)} left"
 
-    def __enter__(self) -> "PackProgress":
+    def __enter__(self) -> "WorkProgress":
         self._bar.start()
         if not self._is_terminal:
             self._thread.start()
@@ -68,4 +68,4 @@ class PackProgress:
     def _log(self) -> None:
         while not self._ended.wait(LOG_SECONDS):
             rate = self.rate()
-            logger.info("%d of %d samples%s", self.done, self.total, f", {rate}" * bool(rate))
+            logger.info("%s: %d of %d samples%s", self._description, self.done, self.total, f", {rate}" * bool(rate))
