@@ -68,9 +68,13 @@ def chosen_frames(data: bytes, extension: str, wanted: NDArray[np.int64]) -> Ite
         raise ValueError(f"has no frame {following}")
 
 
-def evenly_spread_frames(data: bytes, extension: str, number: int) -> list[Frame]:
-    """At most so many frames (3, H, W) of a video of which every frame decodes."""
-    return list(chosen_frames(data, extension, _spread(_describe(data, extension)[0]["num_frames"], number)))
+def overview(data: bytes, extension: str, most: int) -> tuple[dict[str, Any], list[Frame]]:
+    """num_frames, height, width, codec, fps, and at most so many frames (3, H, W), spread evenly.
+
+    Raises ValueError if not every frame decodes.
+    """
+    about, _ = _describe(data, extension)
+    return about, list(chosen_frames(data, extension, _spread(about["num_frames"], most)))
 
 
 def _spread(num_frames: int, most: int) -> NDArray[np.int64]:
@@ -118,7 +122,7 @@ def _describe(data: bytes, extension: str) -> tuple[dict[str, Any], bytes]:
 
 def _opened(data: bytes, extension: str) -> Any:
     """The container, with its one stream of pictures checked."""
-    av = _library()
+    av = library()
     try:
         container = av.open(io.BytesIO(data), format=_FORMATS[extension], metadata_errors="replace")
     except (av.FFmpegError, ValueError, OSError) as error:
@@ -140,7 +144,7 @@ def _opened(data: bytes, extension: str) -> Any:
 
 def _decoded(data: bytes, extension: str) -> Iterator[Any]:
     """PyAV's frames, one after the other; raises ValueError where one is damaged."""
-    av = _library()
+    av = library()
     number = 0
     with _opened(data, extension) as container:
         try:
@@ -193,7 +197,7 @@ def _clean(data: bytes, extension: str, frames_digest: bytes) -> tuple[bytes, st
 
 
 def _remuxed(data: bytes, extension: str, kind: str) -> bytes:
-    av = _library()
+    av = library()
     file = io.BytesIO()
     with _opened(data, extension) as source:
         stream = source.streams.video[0]
@@ -209,7 +213,8 @@ def _remuxed(data: bytes, extension: str, kind: str) -> bytes:
     return file.getvalue()
 
 
-def _library() -> Any:
+def library() -> Any:
+    """PyAV; raises ValueError with the fix if it is not installed."""
     try:
         import av
     except ImportError as error:
