@@ -4,9 +4,9 @@
     DIR/Videos/0X100009310A3BD7FC.avi
     DIR/VolumeTracings.csv      FileName, X1, Y1, X2, Y2, Frame; may be absent
 
-There are no labels but the columns EF (per cent), ESV, EDV (ml), FPS and traced_frames: the two frames in which the ventricle
-was traced, counted from 0, in the table's order ("46;61"), empty where there is no tracing. Splits are train, val and test. A
-clip that FileList.csv names and that is not there is left out and named.
+There are no labels but the columns EF (per cent), ESV, EDV (ml), FPS and traced_frames: the two frames in which the
+ventricle was traced, in the order of the table ("46;61"), empty where there is no tracing. Splits are train, val and
+test. A clip that FileList.csv names and that is not there is left out and named.
 
     pip install 'ssl-platform[video]'
     ssl-pack echonet-dynamic EchoNet-Dynamic shards --workers 16

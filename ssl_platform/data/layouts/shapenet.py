@@ -21,6 +21,7 @@ import csv
 import json
 import logging
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -55,29 +56,28 @@ def settings(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def items(folder: Path, arguments: argparse.Namespace) -> list[Item]:
     """The shapes; raises ValueError if neither layout is there, or a table or list cannot be used."""
-    names = _names(folder / "taxonomy.json")
     if (folder / "shapenet_pc").is_dir():
-        return _clouds(folder, arguments.list, names)
+        return _labelled(_clouds(folder, arguments.list), folder / "taxonomy.json")
     if arguments.list is not None:
         raise ValueError("--list: only where DIR has shapenet_pc/, as Point-BERT distributes it")
     found = []
     for synset in sorted(path for path in folder.iterdir() if re.fullmatch(r"\d{8}", path.name) and path.is_dir()):
         for model in sorted(path for path in synset.iterdir() if path.is_dir()):
             file = next((model / name for name in _MODELS if (model / name).is_file()), model / _MODELS[0])
-            found.append(_item(folder, file, synset.name, names)._replace(part=(arguments.points,)))
+            found.append(_item(folder, file, synset.name)._replace(part=(arguments.points,)))
     if not found:
         raise missing(folder, ["SYNSET/MODEL/models/model_normalized.obj", "shapenet_pc/"], "shapenet")
     points.library()
+    found = _labelled(found, folder / "taxonomy.json")
     wants_splits = not arguments.without_splits and arguments.split in (None, ["column"])
     return _with_splits(found, folder / "all.csv") if wants_splits and (folder / "all.csv").is_file() else found
 
 
-def _item(folder: Path, path: Path, synset: str, names: dict[str, str]) -> Item:
-    name = path.relative_to(folder).as_posix()
-    return Item(path, name, label=names.get(synset, synset), columns=(("synset", synset),), medium="points")
+def _item(folder: Path, path: Path, synset: str) -> Item:
+    return Item(path, path.relative_to(folder).as_posix(), label=synset, columns=(("synset", synset),), medium="points")
 
 
-def _clouds(folder: Path, chosen: str | None, names: dict[str, str]) -> list[Item]:
+def _clouds(folder: Path, chosen: str | None) -> list[Item]:
     """The clouds that the train.txt and test.txt of one list name."""
     there = sorted(path.parent.name for path in folder.glob("*/train.txt"))
     if chosen is None:
@@ -92,7 +92,7 @@ def _clouds(folder: Path, chosen: str | None, names: dict[str, str]) -> list[Ite
         for line, file in enumerate(path.read_text(encoding="utf-8").split() if path.is_file() else (), 1):
             if not re.fullmatch(r"\d{8}-[\w.-]+\.npy", file, re.ASCII):
                 raise ValueError(f"{path}: line {line}: '{file[:80]}', expected SYNSET-MODEL.npy")
-            found.append(_item(folder, folder / "shapenet_pc" / file, file[:8], names)._replace(split=split))
+            found.append(_item(folder, folder / "shapenet_pc" / file, file[:8])._replace(split=split))
     if not found:
         raise ValueError(f"{folder / chosen}: train.txt and test.txt name no cloud")
     return found
@@ -122,14 +122,19 @@ def _with_splits(found: list[Item], table: Path) -> list[Item]:
     return packed
 
 
-def _names(taxonomy: Path) -> dict[str, str]:
-    """{synset: its first name}, with the number behind it where two synsets have the same."""
+def _labelled(found: list[Item], taxonomy: Path) -> list[Item]:
+    """The items by the names of their synsets, with the number behind a name that two of them have."""
     if not taxonomy.is_file():
-        return {}
+        return found
     try:
         entries = json.loads(taxonomy.read_text(encoding="utf-8"))
         names = {entry["synsetId"]: entry["name"].split(",")[0].strip() for entry in entries}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{taxonomy}: expected a list of entries with synsetId and name ({error})") from error
-    once = list(names.values())
-    return {synset: name if once.count(name) == 1 else f"{name}_{synset}" for synset, name in names.items()}
+        raise ValueError(f"{taxonomy}: expected a list of entries with synsetId and name ({error!r})") from error
+    used = Counter(names[synset] for synset in {str(item.label) for item in found} & names.keys())
+
+    def label(synset: str) -> str:
+        name = names.get(synset, synset)
+        return f"{name}_{synset}" if used[name] > 1 else name
+
+    return [item._replace(label=label(str(item.label))) for item in found]

@@ -1,4 +1,4 @@
-"""Point clouds: a cloud as it is, a mesh as a sample of its surface; stored as npy, float32 (N, 3) or (N, 6) with normals."""
+"""Point clouds as they are, meshes as a sample of their surface: npy, float32 (N, 3), or (N, 6) with normals."""
 
 import hashlib
 import io
@@ -171,7 +171,8 @@ def sample_surface(corners: NDArray[np.float64], num_points: int, rng: np.random
     u, v = rng.random((2, num_points, 1))
     outside = u + v > 1  # the other half of the parallelogram is folded back
     u, v = np.where(outside, 1 - u, u), np.where(outside, 1 - v, v)
-    return corners[0, 0] + size * (scaled[chosen, 0] + u * a[chosen] + v * b[chosen])
+    drawn: NDArray[np.float64] = corners[0, 0] + size * (scaled[chosen, 0] + u * a[chosen] + v * b[chosen])
+    return drawn
 
 
 def _triangles(data: bytes, extension: str) -> tuple[NDArray[Any], NDArray[Any]]:
