@@ -18,6 +18,7 @@ from ssl_platform.data.commands._jobs import results, sample_jobs
 from ssl_platform.data.commands._near_duplicates import THUMBNAIL_SIZE, thumbnail
 from ssl_platform.data.commands._options import printable
 from ssl_platform.data.index import Index
+from ssl_platform.data.media import points, video
 from ssl_platform.data.reading import ShardReader, reason
 from ssl_platform.data.transfer import RemoteError
 from ssl_platform.modalities._images import EXTENSIONS, decode_image, resize, to_float
@@ -43,8 +44,27 @@ def _image(data: bytes, extension: str) -> Media:
     return Media(pixels, {"width": pixels.shape[2], "height": pixels.shape[1], "channels": pixels.shape[0]})
 
 
-MEDIA: dict[str, Callable[[bytes, str], Media]] = dict.fromkeys(EXTENSIONS, _image)
-"""{extension: how to look at such a member}; here sound and video join in. Other members are only counted."""
+def _array(data: bytes, extension: str) -> Media:
+    """An image, or a cloud of points as three projections side by side."""
+    if not points.is_cloud(data):
+        return _image(data, extension)
+    cloud = points.decode_points(data)
+    return Media(torch.from_numpy(points.picture(cloud)), {"points": len(cloud)})
+
+
+def _video(data: bytes, extension: str) -> Media:
+    """Three frames side by side: the first, the middle one and the last."""
+    about, frames = video.overview(data, extension, 3)
+    sizes = {name: about[name] for name in ("num_frames", "height", "width", "fps") if about[name] is not None}
+    return Media(torch.from_numpy(np.concatenate(frames, axis=2)), sizes)
+
+
+MEDIA: dict[str, Callable[[bytes, str], Media]] = {
+    **dict.fromkeys(EXTENSIONS, _image),
+    **dict.fromkeys(video.EXTENSIONS, _video),
+    "npy": _array,
+}
+"""{extension: how to look at such a member}; here sound joins in. Other members are only counted."""
 
 
 def decode_members(members: Mapping[str, bytes]) -> Media | None:
