@@ -123,7 +123,7 @@ def resample(sound: Sound, sample_rate: int) -> Sound:
     """The sound at another rate, by soxr at its high quality."""
     if sound.sample_rate == sample_rate:
         return sound
-    soxr = _package("soxr")
+    soxr = package("soxr")
     samples = soxr.resample(np.ascontiguousarray(sound.samples.T), sound.sample_rate, sample_rate)  # (samples, C)
     return Sound(np.ascontiguousarray(samples.T), sample_rate)
 
@@ -131,7 +131,7 @@ def resample(sound: Sound, sample_rate: int) -> Sound:
 # -- soundfile, and FFmpeg by PyAV for what it does not open -----------------------------------------------------------
 
 
-def _package(name: str) -> Any:
+def package(name: str) -> Any:
     from importlib import import_module
 
     try:
@@ -169,7 +169,7 @@ def _soundfile_info(file: Any, kind: str) -> AudioInfo | None:
     """None if libsndfile does not open it."""
     if not _is_for_soundfile(kind):
         return None
-    soundfile = _package("soundfile")
+    soundfile = package("soundfile")
     try:
         with soundfile.SoundFile(file) as sound:
             return AudioInfo(
@@ -183,7 +183,7 @@ def _soundfile_info(file: Any, kind: str) -> AudioInfo | None:
 
 
 def _ffmpeg_info(file: Any, kind: str) -> AudioInfo:
-    av = _package("av")
+    av = package("av")
     try:
         with av.open(file, format=_FFMPEG_FORMATS[kind]) as container:
             stream = _first_stream(container, kind)
@@ -223,7 +223,7 @@ def _guarded(blocks: Iterator[Samples], kind: str) -> Iterator[Samples]:
 
 def _soundfile_blocks(file: Any, first: int, last: float) -> Iterator[Samples]:
     """Blocks of samples `first` to `last`, so that memory is taken for what is there and not for what a header says."""
-    with _package("soundfile").SoundFile(file) as sound:
+    with package("soundfile").SoundFile(file) as sound:
         end = min(last, sound.frames)
         if first >= end:
             return
@@ -240,7 +240,7 @@ def _soundfile_blocks(file: Any, first: int, last: float) -> Iterator[Samples]:
 
 def _ffmpeg_blocks(file: Any, kind: str, first: int, last: float) -> Iterator[Samples]:
     """As above; decoded from the beginning, as compressed streams have no exact places to begin at."""
-    av = _package("av")
+    av = package("av")
     with av.open(file, format=_FFMPEG_FORMATS[kind]) as container:
         stream = _first_stream(container, kind)
         to_float = av.AudioResampler(format="fltp", layout=stream.layout, rate=stream.sample_rate)

@@ -101,7 +101,7 @@ class Fbank:
         spectrum = torch.fft.rfft(frames * window, n=padded).abs()  # (..., frames, padded / 2 + 1)
         if self.power:
             spectrum = spectrum.square()
-        energies = spectrum @ _triangles(self.sample_rate, padded, self.num_bins, self.low_hz, self.last_hz).to(
+        energies: Tensor = spectrum @ _triangles(self.sample_rate, padded, self.num_bins, self.low_hz, self.last_hz).to(
             frames.device
         )
         return energies.clamp(min=self.energy_floor).log() if self.log else energies

@@ -18,7 +18,9 @@ from ssl_platform.data.commands._jobs import results, sample_jobs
 from ssl_platform.data.commands._near_duplicates import THUMBNAIL_SIZE, thumbnail
 from ssl_platform.data.commands._options import printable
 from ssl_platform.data.index import Index
+from ssl_platform.data.media.audio import spectrogram
 from ssl_platform.data.reading import ShardReader, reason
+from ssl_platform.modalities import _audio
 from ssl_platform.modalities._images import EXTENSIONS, decode_image, resize, to_float
 
 _ABOUT = ("json", "cls")
@@ -42,8 +44,18 @@ def _image(data: bytes, extension: str) -> Media:
     return Media(pixels, {"width": pixels.shape[2], "height": pixels.shape[1], "channels": pixels.shape[0]})
 
 
-MEDIA: dict[str, Callable[[bytes, str], Media]] = dict.fromkeys(EXTENSIONS, _image)
-"""{extension: how to look at such a member}; here sound and video join in. Other members are only counted."""
+def _sound(data: bytes, extension: str) -> Media:
+    sound = _audio.decode_audio(data)
+    seconds = sound.samples.shape[1] / sound.sample_rate
+    sizes = {"seconds": seconds, "sample rate": sound.sample_rate, "channels": len(sound.samples)}
+    return Media(spectrogram(sound), sizes)
+
+
+MEDIA: dict[str, Callable[[bytes, str], Media]] = {
+    **dict.fromkeys(EXTENSIONS, _image),
+    **dict.fromkeys(_audio.EXTENSIONS, _sound),
+}
+"""{extension: how to look at such a member}; here video joins in. Other members are only counted."""
 
 
 def decode_members(members: Mapping[str, bytes]) -> Media | None:
