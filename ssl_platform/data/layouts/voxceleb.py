@@ -3,8 +3,8 @@
     DIR/wav/id10001/1zcIwhmdeo4/00001.wav         or below DIR/dev and DIR/test, or DIR/vox1_dev_wav and DIR/vox1_test_wav
     DIR/dev/aac/id00012/21Uxsk56VDQ/00001.m4a     VoxCeleb2; below aac, wav, mp4 or nothing
 
-dev (or train) and test become splits. Where one folder holds all, DIR/vox1_meta.csv or vox2_meta.csv says them, if it is there; it also
-gives the columns gender and nationality, which are stored only with --keep-columns.
+dev (or train) and test become splits. Where one folder holds all, DIR/vox1_meta.csv or vox2_meta.csv says them, if it is
+there; it also gives the columns gender and nationality, which are stored only with --keep-columns.
 
 A speaker is a person, so the label, which is the speaker, is stored as the salted hash that the group of the same name has,
 and so is the column session (the video). --plain-names stores all of them as they are. The group is the speaker, so that
