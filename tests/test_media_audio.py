@@ -201,10 +201,10 @@ def test_a_folder_full_of_names_is_packed_without_one(tmp_path: Path, capsys: py
         kinds = sorted({name.split(".")[1] for name in tar.getnames()})
     assert kinds == ["flac", "json", "m4a", "mp3", "ogg", "opus", "wav"]
     assert main(["verify", str(out)]) == 0
-    assert main(["inspect", str(out), "--out", str(tmp_path / "page.html")]) == 0
-    report = json.loads((tmp_path / "page.json").read_text())
+    assert main(["inspect", str(out), "--out", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report" / "inspect.json").read_text())
     assert "seconds" in json.dumps(report) and "sample rate" in json.dumps(report)
-    assert NAME.decode() not in (tmp_path / "page.html").read_text().replace(str(tmp_path), "")
+    assert NAME.decode() not in (tmp_path / "report" / "inspect.html").read_text().replace(str(tmp_path), "")
 
 
 def test_images_and_sound_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
