@@ -300,7 +300,7 @@ def test_unreadable_images_are_named_and_left_out(
 def test_nothing_to_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     out = tmp_path / "out"
-    assert "empty: no image in this folder or below it" in refused(capsys, tmp_path / "empty", out)
+    assert "empty: no image or sound in this folder or below it" in refused(capsys, tmp_path / "empty", out)
     assert "missing: no such file or folder" in refused(capsys, tmp_path / "missing", out)
     assert not out.exists()
     (tmp_path / "empty" / "a.png").write_text("text")

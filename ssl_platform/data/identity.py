@@ -111,6 +111,9 @@ def numbered(items: Sequence[Item], names: Names, keep_columns: Sequence[str]) -
     Plain names stay in the order of the input, and so do all columns and the path. Others are in the order of their
     hashes, or the place of a sample would tell its rank in the alphabet.
     """
+    if not names.are_plain:
+        _check_columns(items, keep_columns)
+        items = [_without_names(item, names) if item.hidden else item for item in items]
     labels = number([item.label for item in items])[0].tolist()
     if names.are_plain:
         digits = max(6, len(str(len(items))))
@@ -122,7 +125,6 @@ def numbered(items: Sequence[Item], names: Names, keep_columns: Sequence[str]) -
             )
             for i, (item, label) in enumerate(zip(items, labels, strict=True))
         ]
-    _check_columns(items, keep_columns)
     groups = _hidden_groups(items, names)
     samples = []
     for key, item, label in zip(_hidden_keys(items, names), items, labels, strict=True):
@@ -130,6 +132,15 @@ def numbered(items: Sequence[Item], names: Names, keep_columns: Sequence[str]) -
         group = None if item.group is None else groups[item.group]
         samples.append(Numbered(key, item._replace(group=group, columns=columns), label))
     return sorted(samples, key=lambda sample: sample.key)
+
+
+def _without_names(item: Item, names: Names) -> Item:
+    """With hashes in place of what the item says to hide; a label has the hash that a group of that name has."""
+    label, columns = item.label, item.columns
+    if "label" in item.hidden and label is not None:
+        label = names.digest("group", str(label))
+    columns = tuple((name, names.digest(name, text) if name in item.hidden else text) for name, text in columns)
+    return item._replace(label=label, columns=columns)
 
 
 def _hidden_groups(items: Sequence[Item], names: Names) -> dict[int | str, str]:

@@ -16,11 +16,14 @@ from ssl_platform.data.pack_options import add_pack_options, count, pack_as_aske
 if TYPE_CHECKING:
     from ssl_platform.data.packing import Packed
 
+_MOST_LABELS, _MOST_CHANNELS = 50, 16
+"""So many are written out when a folder is described."""
+
 DESCRIPTION = """\
 Packs images into WebDataset tar shards with an index of their labels, groups and channel statistics, for ssl-train and
 ssl-eval. Any WebDataset tool can read the tars. INPUT is
 
-  a folder                all images in it and below it;
+  a folder                all images, or all sound files, in it and below it;
   a .csv or .tsv file     a table with a header: path (relative to the table), and optionally label, group (patient,
                           slide, ...: what an evaluation must not split) and others, of which --keep-columns are kept;
   an image, with --tile   a large image that is cut into tiles. With --tile and a table, each row is one tile, its upper
@@ -150,6 +153,8 @@ def _pack(arguments: argparse.Namespace) -> int:
             purity=arguments.label_purity,
             label_names=arguments.label_names or [],
         )
+    if arguments.min_tissue and any(item.medium != "image" for item in items):
+        raise ValueError("--min-tissue: is for images, and this is sound")
     packed = pack_as_asked(items, out, asked, arguments, tile=tile or 0, min_tissue=arguments.min_tissue)
     return report(packed, arguments.allow_bad)
 
@@ -205,11 +210,19 @@ def _describe(folder: Path, about: dict[str, Any]) -> None:
     size = sum(shard["bytes"] for shard in about["shards"])
     num_shards = len(about["shards"])
     lines = [f"{folder}: {about['samples']} samples in {num_shards} shard{'s' * (num_shards > 1)}, {size / 1e6:.1f} MB"]
-    if about["label_counts"]:
+    if len(about["label_counts"]) > _MOST_LABELS:
+        counts = about["label_counts"].values()
+        lines.append(f"labels: {len(counts)}, of {min(counts)} to {max(counts)} samples")
+    elif about["label_counts"]:
         lines.append("labels: " + ", ".join(f"{label}: {count}" for label, count in about["label_counts"].items()))
     if about["label_counts"] and about["unlabelled"]:
         lines[-1] += f"; {about['unlabelled']} without"
-    if about["statistics"]:
+    if about["statistics"] and len(about["statistics"]["mean"]) > _MOST_CHANNELS:
+        mean, std = (about["statistics"][key] for key in ("mean", "std"))
+        lines.append(
+            f"{len(mean)} channels: mean {min(mean):.4f} to {max(mean):.4f}; std {min(std):.4f} to {max(std):.4f}"
+        )
+    elif about["statistics"]:
         mean, std = (", ".join(f"{value:.4f}" for value in about["statistics"][key]) for key in ("mean", "std"))
         lines.append(f"channels: mean {mean}; std {std}")
     if about.get("without_tissue"):

@@ -24,7 +24,11 @@ _BLOCK = 512
 _MOST_SIZES = 10_000
 """So many files are looked at for the estimate of the whole."""
 _MOST_MEASURED = 32
-_STORED_AS_THEY_ARE = (".jpg", ".jpeg", ".png", ".webp", ".npy", ".avi", ".mp4", ".mkv", ".mov", ".webm")
+_STORED_AS_THEY_ARE = (
+    *(".jpg", ".jpeg", ".png", ".webp", ".npy"),
+    *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a"),
+    *(".avi", ".mp4", ".mkv", ".mov", ".webm"),
+)
 """Give or take their metadata; of others some are encoded, to see how large they become."""
 
 

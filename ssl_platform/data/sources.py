@@ -16,6 +16,7 @@ from PIL import Image
 from ssl_platform.data import dicom
 from ssl_platform.data.slides.reading import SlideTiles
 from ssl_platform.data.tars import shown
+from ssl_platform.modalities import _audio
 from ssl_platform.modalities._images import EXTENSIONS, decode_image
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ class Item(NamedTuple):
     """How a tile is read where `path` is a whole slide; `corner` is then in pixels of its level 0."""
     part: tuple[int | float | str, ...] = ()
     """What of the file is meant, in words of the medium: a row of an array, a time; `name` must tell parts apart."""
+    hidden: tuple[str, ...] = ()
+    """What names somebody besides the group, and is stored as a salted hash too: "label", columns by their names."""
 
     @property
     def is_whole(self) -> bool:
@@ -52,11 +55,10 @@ class Item(NamedTuple):
 
 
 def folder_items(folder: Path, labels: bool, groups: bool = False) -> list[Item]:
-    """Every image below a folder, sorted; with `labels` or `groups`, the first folder of its relative path is that.
-
-    Otherwise the group of a DICOM file is its PatientID.
+    """Every image, or every sound, below a folder, sorted; with `labels` or `groups`, the first folder of its relative
+    path is that. Otherwise the group of a DICOM file is its PatientID. Raises ValueError if there are both.
     """
-    known = (*EXTENSIONS, *dicom.EXTENSIONS)
+    known = (*EXTENSIONS, *dicom.EXTENSIONS, *_audio.EXTENSIONS)
     paths = [
         Path(place, file)
         for place, files in walk(folder)
@@ -64,14 +66,29 @@ def folder_items(folder: Path, labels: bool, groups: bool = False) -> list[Item]
         if not file.startswith(".") and Path(file).suffix[1:].lower() in known
     ]
     if not paths:
-        raise ValueError(f"{folder}: no image in this folder or below it (looked for {', '.join(known)})")
+        raise ValueError(f"{folder}: no image or sound in this folder or below it (looked for {', '.join(known)})")
     names = sorted(path.relative_to(folder).as_posix() for path in paths)
     first = _typed([name.split("/")[0] if "/" in name else "" for name in names])
     items = [
-        Item(folder / name, name, value if labels else None, value if groups else None)
+        Item(folder / name, name, value if labels else None, value if groups else None, medium=_medium(name))
         for name, value in zip(names, first, strict=True)
     ]
+    _check_media(folder, items)
     return items if groups else _with_patients(items)
+
+
+def _medium(name: str) -> str:
+    return "audio" if Path(name).suffix[1:].lower() in _audio.EXTENSIONS else "image"
+
+
+def _check_media(source: Path, items: Sequence[Item]) -> None:
+    """Shards hold one kind of data."""
+    firsts = {item.medium: item.name for item in reversed(items)}
+    if len(firsts) > 1:
+        raise ValueError(
+            f"{source}: holds images and sound ({shown(firsts['image'])}, {shown(firsts['audio'])}); pack them apart, "
+            "each from a folder or table of its own"
+        )
 
 
 def _with_patients(items: list[Item]) -> list[Item]:
@@ -168,9 +185,11 @@ def manifest_items(manifest: Path, tiles: bool, splits: bool = False) -> list[It
             columns=tuple((name, text) for name, text in row.items() if name not in special),
             corner=(int(row["x"]), int(row["y"])) if tiles else None,
             split=row["split"].strip() if splits else None,
+            medium=_medium(row["path"]),
         )
         for row, label, group in zip(table, labels, groups, strict=True)
     ]
+    _check_media(manifest, items)
     return _with_patients(items)
 
 

@@ -19,8 +19,10 @@ from ssl_platform.data.commands._near_duplicates import THUMBNAIL_SIZE, thumbnai
 from ssl_platform.data.commands._options import printable
 from ssl_platform.data.index import Index
 from ssl_platform.data.media import points, video
+from ssl_platform.data.media.audio import spectrogram
 from ssl_platform.data.reading import ShardReader, reason
 from ssl_platform.data.transfer import RemoteError
+from ssl_platform.modalities import _audio
 from ssl_platform.modalities._images import EXTENSIONS, decode_image, resize, to_float
 
 _ABOUT = ("json", "cls")
@@ -59,12 +61,32 @@ def _video(data: bytes, extension: str) -> Media:
     return Media(torch.from_numpy(np.concatenate(frames, axis=2)), sizes)
 
 
+def _sound(data: bytes, extension: str) -> Media:
+    sound = _audio.decode_audio(data)
+    seconds = sound.samples.shape[1] / sound.sample_rate
+    sizes = {"seconds": seconds, "sample rate": sound.sample_rate, "channels": len(sound.samples)}
+    return Media(spectrogram(sound), sizes)
+
+
+def _webm(data: bytes, extension: str) -> Media:
+    """Sound where there are no pictures."""
+    try:
+        return _video(data, extension)
+    except ValueError as error:
+        try:
+            return _sound(data, extension)
+        except ValueError:
+            raise error from None
+
+
 MEDIA: dict[str, Callable[[bytes, str], Media]] = {
     **dict.fromkeys(EXTENSIONS, _image),
+    **dict.fromkeys(_audio.EXTENSIONS, _sound),
     **dict.fromkeys(video.EXTENSIONS, _video),
+    "webm": _webm,
     "npy": _array,
 }
-"""{extension: how to look at such a member}; here sound joins in. Other members are only counted."""
+"""{extension: how to look at such a member}. Other members are only counted."""
 
 
 def decode_members(members: Mapping[str, bytes]) -> Media | None:

@@ -4,6 +4,7 @@
 can be decoded, and the values of which the index keeps mean and std.
 """
 
+from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
@@ -40,6 +41,12 @@ class Medium(Protocol):
 
     def load(self, item: Item, options: Options) -> Content:
         """Reads and checks an item; raises ValueError or OSError with the reason if it is bad, and it is left out."""
+
+
+def measured(items: Iterable[Item]) -> dict[str, Any]:
+    """What the media of the items say of their statistics (`MEASURED`), for the index."""
+    modules: list[Any] = [medium(name) for name in sorted({item.medium for item in items})]
+    return {key: value for module in modules for key, value in getattr(module, "MEASURED", {}).items()}
 
 
 def medium(name: str) -> Medium:

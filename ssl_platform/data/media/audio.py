@@ -1,0 +1,75 @@
+"""Sound: stored as the file is, without its tags, or as FLAC; a segment of a file is always FLAC."""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ssl_platform.data.media import Content, Options
+from ssl_platform.data.sound_files import clean_sound, encode_flac
+from ssl_platform.data.sources import Item
+from ssl_platform.modalities._audio import AudioInfo, Sound, decode_audio, read_info, resample
+from ssl_platform.modalities._fbank import Fbank
+
+FBANK = Fbank()
+"""Of which the index keeps mean and std, bin by bin."""
+
+MEASURED: dict[str, Any] = {"fbank": FBANK.describe()}
+"""What the statistics are of; stands in the index beside what the user asked for."""
+
+
+_PICTURE_DECIBELS, _PICTURE_COLUMNS = 80, 256
+
+
+def load(item: Item, options: Options) -> Content:
+    """A file, or the segment (start, stop) in seconds that `part` says; the samples are never changed."""
+    data = item.path.read_bytes()
+    info = read_info(data)
+    if item.part:
+        start, stop = (float(second) for second in item.part)
+        sound = decode_audio(data, start, stop)
+        stored, extension = encode_flac(sound, info.bits)
+    else:
+        sound = decode_audio(data)
+        stored, extension = (data, info.kind) if options.keep_metadata else _clean(data, info, sound)
+    about = {
+        "sample_rate": sound.sample_rate,
+        "num_samples": sound.samples.shape[1],
+        "num_channels": len(sound.samples),
+    }
+    return Content(stored, extension, measured(sound), about)
+
+
+def measured(sound: Sound) -> NDArray[np.float32] | None:
+    """(num_bins, frames): the filter banks of the mean of the channels; None if it is shorter than a frame."""
+    mono = Sound(sound.samples.mean(axis=0, keepdims=True), sound.sample_rate)
+    bins = FBANK(torch.from_numpy(resample(mono, FBANK.sample_rate).samples[0])).numpy().T
+    return bins if bins.shape[1] else None
+
+
+def spectrogram(sound: Sound) -> torch.Tensor:
+    """A picture of the filter banks (1, num_bins, up to 256) uint8: low tones below, 80 dB from black to white."""
+    bins = measured(sound)
+    if bins is None:
+        return torch.zeros(1, FBANK.num_bins, 1, dtype=torch.uint8)
+    num_columns = min(_PICTURE_COLUMNS, bins.shape[1])
+    starts = np.linspace(0, bins.shape[1], num_columns, endpoint=False).astype(int)
+    bins = np.maximum.reduceat(bins, starts, axis=1)
+    picture = (bins[::-1] - bins.max()) * (10 / np.log(10)) / _PICTURE_DECIBELS + 1  # of energies
+    return torch.from_numpy((picture.clip(0, 1) * 255).astype(np.uint8))[None]
+
+
+def _clean(data: bytes, info: AudioInfo, sound: Sound) -> tuple[bytes, str]:
+    clean = clean_sound(data, info.kind)
+    if clean is not None and _decodes_to(sound, clean):
+        return clean, info.kind
+    return encode_flac(sound, info.bits)
+
+
+def _decodes_to(sound: Sound, data: bytes) -> bool:
+    try:
+        found = decode_audio(data)
+    except ValueError:
+        return False
+    return found.sample_rate == sound.sample_rate and np.array_equal(found.samples, sound.samples)

@@ -1,0 +1,169 @@
+"""Sound files without what they say besides their sound: the same frames, no tag, picture, comment or appended data."""
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl_platform.data.ogg import without_comments
+from ssl_platform.modalities._audio import Sound, package
+from ssl_platform.modalities._wav import FLOAT, Wav, read_wav
+
+_MAX_FLAC_CHANNELS, _MAX_FLAC_RATE = 8, 655_350
+_STREAMINFO, _SEEKTABLE = 0, 3
+_MOST_FRAME_BYTES = 1 << 20
+"""So far from the end the last frame of a FLAC file is looked for."""
+_BITRATES = {
+    (1, 1): (32, 64, 96, 128, 160, 192, 224, 256, 288, 320, 352, 384, 416, 448),
+    (1, 2): (32, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384),
+    (1, 3): (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),
+    (2, 1): (32, 48, 56, 64, 80, 96, 112, 128, 144, 160, 176, 192, 224, 256),
+    (2, 2): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+    (2, 3): (8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),
+}
+"""kbit/s by (MPEG version, layer) and index - 1; versions 2 and 2.5 share theirs (ISO 11172-3, 13818-3)."""
+_REMUXED = {"ogg": ("ogg", "ogg"), "opus": ("ogg", "ogg"), "m4a": ("mov", "ipod"), "aac": ("aac", "adts")}
+"""{kind: what FFmpeg reads it as, writes it as}"""
+
+
+def clean_sound(data: bytes, kind: str) -> bytes | None:
+    """The file with nothing but its sound, of the same kind; None where that is not possible.
+
+    The caller checks that it decodes to the same samples. Raises ValueError if the file is damaged.
+    """
+    match kind:
+        case "wav":
+            wav = read_wav(data) if data[:4] == b"RIFF" else None
+            return None if wav is None else wav.encode()
+        case "flac":
+            return _clean_flac(data)
+        case "mp3":
+            return _mpeg_frames(data)
+        case "ogg" | "opus":
+            return without_comments(data) or _remuxed(data, *_REMUXED[kind])
+    return _remuxed(data, *_REMUXED[kind]) if kind in _REMUXED else None
+
+
+def encode_flac(sound: Sound, bits: int) -> tuple[bytes, str]:
+    """Samples as FLAC: of 16 bits if the source had no more, else of 24; as WAV of floats where that is not enough."""
+    channels, rate = len(sound.samples), sound.sample_rate
+    if bits > 24 or channels > _MAX_FLAC_CHANNELS or rate > _MAX_FLAC_RATE:
+        values: NDArray[Any] = np.ascontiguousarray(sound.samples.T, dtype="<f4")
+        return Wav(FLOAT, channels, rate, 32, 32, 0, False, memoryview(values.tobytes())).encode(), "wav"
+    scale = 1 << (15 if bits <= 16 else 23)
+    integers = np.clip(np.rint(sound.samples.T.astype(np.float64) * scale), -scale, scale - 1)  # (samples, C)
+    integers = integers.astype(np.int16) if bits <= 16 else integers.astype(np.int32) << 8  # read from the top
+    file = io.BytesIO()
+    package("soundfile").write(file, integers, rate, format="FLAC", subtype="PCM_16" if bits <= 16 else "PCM_24")
+    clean = _clean_flac(file.getvalue())
+    assert clean is not None, "libsndfile writes nothing behind the last frame"
+    return clean, "flac"
+
+
+def _clean_flac(data: bytes) -> bytes | None:
+    """STREAMINFO, SEEKTABLE and the frames; None if something else follows the last frame."""
+    if data[:4] != b"fLaC":  # a tag of another kind stands before
+        return None
+    blocks, place, is_last = [], 4, False
+    while not is_last:
+        if place + 4 > len(data):
+            raise ValueError("truncated: a FLAC file without samples")
+        kind, size = data[place] & 0x7F, int.from_bytes(data[place + 1 : place + 4], "big")
+        is_last = bool(data[place] & 0x80)
+        if kind == _STREAMINFO or (kind == _SEEKTABLE and size % 18 == 0):
+            blocks.append((kind, data[place + 4 : place + 4 + size]))
+        place += 4 + size
+    if not _ends_with_a_frame(data, place):
+        return None
+    heads = [
+        bytes([kind | (0x80 if block is blocks[-1][1] else 0)]) + len(block).to_bytes(3, "big") + block
+        for kind, block in blocks
+    ]
+    return b"".join([b"fLaC", *heads, data[place:]])
+
+
+def _ends_with_a_frame(data: bytes, first: int) -> bool:
+    """Whether some frame begins behind `first` whose check sum, its last two bytes, is right at the end of the file."""
+    first = max(first, len(data) - _MOST_FRAME_BYTES)
+    place = len(data)
+    while (place := data.rfind(b"\xff", first, place)) >= 0:
+        if data[place + 1 : place + 2] in (b"\xf8", b"\xf9") and _crc16(data[place:]) == 0:
+            return True
+    return False
+
+
+def _crc16(data: bytes) -> int:
+    """Of polynomial 0x8005, begun with 0; 0 for data that ends with its own."""
+    crc = 0
+    for byte in data:
+        crc = ((crc << 8) & 0xFFFF) ^ _CRC_TABLE[(crc >> 8) ^ byte]
+    return crc
+
+
+def _crc_entry(value: int) -> int:
+    crc = value << 8
+    for _ in range(8):
+        crc = (crc << 1) ^ 0x8005 if crc & 0x8000 else crc << 1
+    return crc & 0xFFFF
+
+
+_CRC_TABLE = [_crc_entry(value) for value in range(256)]
+
+
+def _mpeg_frames(data: bytes) -> bytes:
+    """The MPEG audio frames of a file, one after the other; what lies before, between and behind them is dropped."""
+    place = 0
+    if data[:3] == b"ID3" and len(data) > 10:  # its size has 7 bits in each byte
+        place = 10 + sum((byte & 0x7F) << 7 * (3 - i) for i, byte in enumerate(data[6:10]))
+    frames = list[bytes]()
+    while (place := data.find(b"\xff", place)) >= 0:
+        length = _mpeg_frame_length(data[place : place + 4])
+        end = place + length
+        follows = end == len(data) or data[end : end + 3] in (b"TAG", b"APE", b"LYR", b"ID3")
+        if length and end <= len(data) and (frames or follows or _mpeg_frame_length(data[end : end + 4])):
+            frames.append(data[place:end])
+            place = end
+        else:
+            place += 1
+    return b"".join(frames)
+
+
+def _mpeg_frame_length(header: bytes) -> int:
+    """In bytes; 0 if these four bytes begin no frame."""
+    if len(header) < 4 or header[0] != 0xFF or header[1] & 0xE0 != 0xE0:
+        return 0
+    version, layer = {0: 3, 2: 2, 3: 1}.get(header[1] >> 3 & 3, 0), 4 - (header[1] >> 1 & 3)
+    bitrate, rate = header[2] >> 4, header[2] >> 2 & 3
+    if version == 0 or layer == 4 or bitrate in (0, 15) or rate == 3:
+        return 0
+    bits = _BITRATES[min(version, 2), layer][bitrate - 1] * 1000
+    hertz = (44_100, 48_000, 32_000)[rate] >> (version - 1)
+    padding = header[2] >> 1 & 1
+    if layer == 1:
+        return (12 * bits // hertz + padding) * 4
+    return (72 if layer == 3 and version > 1 else 144) * bits // hertz + padding
+
+
+def _remuxed(data: bytes, read_as: str, write_as: str) -> bytes | None:
+    """The same packets in a new container; None if FFmpeg cannot."""
+    av = package("av")
+    file = io.BytesIO()
+    try:
+        with (
+            av.open(io.BytesIO(data), format=read_as) as source,
+            av.open(file, "w", format=write_as, options={"fflags": "+bitexact"}) as target,
+        ):
+            if not source.streams.audio:
+                return None
+            stream = source.streams.audio[0]
+            copy = target.add_stream_from_template(stream)
+            copy.metadata.clear()
+            target.metadata.clear()
+            for packet in source.demux(stream):
+                if packet.dts is not None:
+                    packet.stream = copy
+                    target.mux(packet)
+    except (av.FFmpegError, ValueError):
+        return None
+    return file.getvalue()

@@ -1,0 +1,233 @@
+"""What of a sound file is stored: its sound, to the byte where that can be, and nobody's name."""
+
+import io
+import json
+import struct
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+from ssl_platform.data.index import Index
+from ssl_platform.data.media import Options
+from ssl_platform.data.media.audio import FBANK, load, spectrogram
+from ssl_platform.data.pack import main
+from ssl_platform.data.sources import Item
+from ssl_platform.modalities._audio import decode_audio, read_info, resample
+from tests.test_audio_reading import RATE, aac, tone, written
+
+NAME = b"JaneDoe"
+
+
+def chunk(name: bytes, body: bytes) -> bytes:
+    return name + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
+
+
+def wav(subtype: str = "PCM_16", kind: str = "WAV") -> bytes:
+    """With INFO, bext, iXML and ID3 chunks before and behind the samples, and something appended."""
+    plain = written(kind, subtype)
+    body = plain[12:] + b"\0" * (len(plain) % 2)
+    info = chunk(b"LIST", b"INFO" + chunk(b"IART", NAME) + chunk(b"ICMT", NAME))
+    more = chunk(b"bext", NAME.ljust(602, b"\0")) + chunk(b"iXML", b"<SPEAKER>" + NAME)
+    inside = b"WAVE" + info + body + more + chunk(b"id3 ", NAME)
+    return b"RIFF" + struct.pack("<I", len(inside)) + inside + NAME
+
+
+def id3() -> bytes:
+    text = b"TPE1" + struct.pack(">I", len(NAME) + 1) + b"\0\0\0" + NAME
+    picture = b"APIC" + struct.pack(">I", 600) + b"\0\0" + b"\xff\xfb\x90\x00" + NAME.ljust(596, b"\xff")
+    return b"ID3\3\0\0" + bytes([0, 0, (len(text + picture)) >> 7, len(text + picture) & 0x7F]) + text + picture
+
+
+def by_soundfile(kind: str, subtype: str) -> bytes:
+    file = io.BytesIO()
+    with soundfile.SoundFile(file, "w", RATE, 2, subtype, format=kind) as sound:
+        for tag in ("title", "artist", "comment", "copyright"):
+            setattr(sound, tag, NAME.decode() * 50)
+        sound.write(tone())
+    return file.getvalue()
+
+
+def flac() -> bytes:
+    data = by_soundfile("FLAC", "PCM_24")
+    place = 4 + 4 + 34  # behind STREAMINFO
+    blocks = b""
+    texts = [struct.pack(">I", len(text)) + text for text in (b"image/png", NAME)]
+    picture = struct.pack(">I", 3) + b"".join(texts) + struct.pack(">IIIII", 1, 1, 24, 0, 70) + NAME * 10
+    for kind, body in ((2, b"ABCD" + NAME * 20), (6, picture)):  # APPLICATION, PICTURE
+        blocks += bytes([kind]) + len(body).to_bytes(3, "big") + body
+    return data[:place] + blocks + data[place:]
+
+
+def mp3() -> bytes:
+    tail = b"APETAGEX" + struct.pack("<IIII", 2000, 32, 0, 0) + bytes(8) + NAME + b"TAG" + NAME.ljust(125, b"\0")
+    return id3() + by_soundfile("MP3", "MPEG_LAYER_III") + tail
+
+
+def m4a(kind: str = "ipod") -> bytes:
+    data = aac(kind, title=NAME.decode(), artist=NAME.decode(), comment=NAME.decode())
+    return data + struct.pack(">I", 8 + len(NAME)) + b"free" + NAME
+
+
+FILES: dict[str, Callable[[], bytes]] = {
+    "a.wav": wav,
+    "b.wav": lambda: wav("PCM_24", "WAVEX"),
+    "c.wav": lambda: wav("FLOAT"),
+    "d.wav": lambda: wav("PCM_U8"),
+    "e.wav": lambda: wav("ULAW"),
+    "f.flac": flac,
+    "g.ogg": lambda: by_soundfile("OGG", "VORBIS"),
+    "h.opus": lambda: by_soundfile("OGG", "OPUS"),
+    "i.mp3": mp3,
+    "j.m4a": m4a,
+    "k.m4a": lambda: m4a("mp4"),
+}
+
+
+def loaded(path: Path, data: bytes, *part: float, keep: bool = False) -> Any:
+    path.write_bytes(data)
+    return load(Item(path, path.name, medium="audio", part=part), Options(keep_metadata=keep))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_sound_is_kept_and_no_name(name: str, tmp_path: Path) -> None:
+    data = FILES[name]()
+    assert NAME in data
+    content = loaded(tmp_path / name, data)
+    assert content.extension == name.split(".")[1]
+    assert NAME not in content.data
+    expected = decode_audio(data)
+    np.testing.assert_array_equal(decode_audio(content.data).samples, expected.samples)
+    assert content.about == {"sample_rate": RATE, "num_samples": expected.samples.shape[1], "num_channels": 2}
+    again = loaded(tmp_path / name, content.data)
+    assert again.data == content.data, "what is clean stays as it is, to the byte"
+    assert loaded(tmp_path / name, data, keep=True).data == data
+
+
+def test_frames_stay_byte_for_byte(tmp_path: Path) -> None:
+    data = flac()
+    stored = loaded(tmp_path / "a.flac", data).data
+    frames = stored[stored.index(b"\xff\xf8") :]
+    assert data.endswith(frames) and len(frames) > 20_000
+    plain = written("MP3")
+    assert loaded(tmp_path / "a.mp3", id3() + plain).data == plain
+    vorbis = by_soundfile("OGG", "VORBIS")
+    stored = loaded(tmp_path / "a.ogg", vorbis).data
+    pages, kept = (one[one.rindex(b"OggS") + 27 :] for one in (vorbis, stored))
+    assert pages == kept and len(kept) > 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "subtype"),
+    [
+        ("appended.flac", flac() + NAME, "PCM_24"),
+        ("tagged.flac", id3() + written("FLAC"), "PCM_16"),
+        ("a.aiff", by_soundfile("AIFF", "PCM_16"), "PCM_16"),
+        ("a.wav", by_soundfile("RF64", "PCM_24"), "PCM_24"),
+        ("a.caf", written("CAF", "ALAC_16"), "PCM_16"),
+        ("chained.ogg", by_soundfile("OGG", "VORBIS") * 2, "PCM_16"),
+    ],
+)
+def test_what_cannot_be_cleaned_becomes_flac(name: str, data: bytes, subtype: str, tmp_path: Path) -> None:
+    content = loaded(tmp_path / name, data)
+    assert content.extension == "flac" and NAME not in content.data
+    assert soundfile.info(io.BytesIO(content.data)).subtype == subtype
+    expected = decode_audio(data).samples
+    if name == "chained.ogg":
+        np.testing.assert_allclose(decode_audio(content.data).samples, expected.clip(-1, 1), atol=2**-15)
+    else:
+        np.testing.assert_array_equal(decode_audio(content.data).samples, expected)
+
+
+def test_a_wrong_extension_is_mended(tmp_path: Path) -> None:
+    assert loaded(tmp_path / "a.mp3", wav()).extension == "wav"
+    assert loaded(tmp_path / "a.wav", m4a()).extension == "m4a"
+    with pytest.raises(ValueError, match="not a sound file"):
+        loaded(tmp_path / "a.wav", b"\x89PNG\r\n\x1a\n" + bytes(100))
+
+
+@pytest.mark.parametrize(
+    ("data", "subtype", "exact"),
+    [(wav(), "PCM_16", True), (wav("PCM_24"), "PCM_24", True), (wav("FLOAT"), "FLOAT", True), (m4a(), "PCM_16", False)],
+    ids=["16", "24", "float", "m4a"],
+)
+def test_a_segment_is_cut_out(data: bytes, subtype: str, exact: bool, tmp_path: Path) -> None:
+    content = loaded(tmp_path / "a.wav", data, 0.1, 0.3)
+    assert content.extension == ("wav" if subtype == "FLOAT" else "flac")
+    assert soundfile.info(io.BytesIO(content.data)).subtype == subtype
+    found, expected = decode_audio(content.data).samples, decode_audio(data, 0.1, 0.3).samples
+    assert found.shape == (2, 3200) and content.about["num_samples"] == 3200 and NAME not in content.data
+    np.testing.assert_allclose(found, expected, atol=0 if exact else 2**-15)
+    with pytest.raises(ValueError, match="holds no samples from 7.0 seconds on"):
+        loaded(tmp_path / "a.wav", data, 7.0, 8.0)
+
+
+def test_statistics_are_of_the_fbank_that_the_index_names(tmp_path: Path) -> None:
+    sounds = tmp_path / "sounds"
+    sounds.mkdir()
+    datas = [written("WAV", samples=tone(seconds, channels), rate=8000) for seconds, channels in ((0.5, 1), (1.0, 2))]
+    datas.append(written("WAV", samples=tone(0.01, 1)))  # shorter than a frame
+    for number, data in enumerate(datas):
+        (sounds / f"{number}.wav").write_bytes(data)
+    assert main([str(sounds), str(tmp_path / "out")]) == 0
+    frames = torch.cat(
+        [FBANK(torch.from_numpy(resample(decode_audio(data), 16_000).samples.mean(0))) for data in datas]
+    )
+    index = Index.open(tmp_path / "out")
+    assert index.statistics is not None
+    np.testing.assert_allclose(index.statistics["mean"], frames.mean(0), rtol=1e-5)
+    np.testing.assert_allclose(index.statistics["std"], frames.std(0, correction=0), rtol=1e-3, atol=1e-4)
+    about = json.loads((tmp_path / "out" / "index.json").read_text())
+    assert about["packed"]["fbank"] == FBANK.describe() and about["packed"]["fbank"]["num_bins"] == 128
+
+
+def test_a_folder_full_of_names_is_packed_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "JaneDoe"
+    folder.mkdir()
+    for name, data in FILES.items():
+        (folder / f"JaneDoe_{name}").write_bytes(data())
+    (folder / "JaneDoe_cut.flac").write_bytes(flac()[:5000])
+    out = tmp_path / "out"
+    assert main([str(folder), str(out), "--groups", "folder"]) == 1
+    assert "left out: JaneDoe_cut.flac: cannot be decoded as flac" in "".join(capsys.readouterr().err.split("\n"))
+    for path in out.rglob("*"):
+        assert path.is_dir() or NAME not in path.read_bytes(), path
+    with tarfile.open(out / "shard-000000.tar") as tar:
+        kinds = sorted({name.split(".")[1] for name in tar.getnames()})
+    assert kinds == ["flac", "json", "m4a", "mp3", "ogg", "opus", "wav"]
+    assert main(["verify", str(out)]) == 0
+    assert main(["inspect", str(out), "--out", str(tmp_path / "report")]) == 0
+    report = json.loads((tmp_path / "report" / "inspect.json").read_text())
+    assert "seconds" in json.dumps(report) and "sample rate" in json.dumps(report)
+    assert NAME.decode() not in (tmp_path / "report" / "inspect.html").read_text().replace(str(tmp_path), "")
+
+
+def test_images_and_sound_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.wav").write_bytes(written("WAV"))
+    (tmp_path / "a.png").write_bytes(b"")
+    assert main([str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "holds images and sound (a.png, a.wav); pack them apart" in capsys.readouterr().err
+    (tmp_path / "table.csv").write_text("path,label\na.wav,one\n")
+    assert main([str(tmp_path / "table.csv"), str(tmp_path / "out"), "--min-tissue", "0.5"]) == 2
+    assert "--min-tissue: is for images, and this is sound" in capsys.readouterr().err
+    assert main([str(tmp_path / "table.csv"), str(tmp_path / "out")]) == 0
+
+
+def test_a_spectrogram_shows_low_tones_below() -> None:
+    low = np.sin(2 * np.pi * 300 * np.arange(160_000) / RATE)[:, None].astype(np.float32)
+    picture = spectrogram(decode_audio(written("WAV", samples=low)))
+    assert picture.shape == (1, 128, 256) and picture.dtype == torch.uint8
+    assert 90 < int(picture[0, :, 100].argmax()) < 127
+    assert spectrogram(decode_audio(written("WAV", samples=low[:100]))).shape == (1, 128, 1)
+
+
+def test_the_same_file_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name, make in FILES.items():
+        data = make()
+        assert loaded(tmp_path / name, data).data == loaded(tmp_path / f"other_{name}", data).data
+    assert read_info(tmp_path / "a.wav").num_samples == 8000
