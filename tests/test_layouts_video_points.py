@@ -1,7 +1,6 @@
 """ssl-pack echonet-dynamic, modelnet40 and shapenet on tiny trees in their layouts, through inspect and verify."""
 
 import json
-import logging
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,11 +59,10 @@ def echonet(folder: Path) -> Path:
     return folder
 
 
-def test_echonet_dynamic(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_echonet_dynamic(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data, out = echonet(tmp_path / "data"), tmp_path / "out"
-    with caplog.at_level(logging.WARNING):
-        assert main(["echonet-dynamic", str(data), str(out)]) == 0
-    assert "1 names of VolumeTracings.csv are not in FileList.csv: 0X9Z.avi" in caplog.text
+    assert main(["echonet-dynamic", str(data), str(out)]) == 0
+    assert "1 names of VolumeTracings.csv are not in FileList.csv: 0X9Z.avi" in capsys.readouterr().err
     found = {split: list(samples(out / split)) for split in ("train", "val", "test")}
     assert [len(rows) for rows in found.values()] == [1, 1, 1]
     about, extension, clip = found["train"][0]
@@ -86,15 +84,14 @@ def test_echonet_dynamic(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
             assert not [name for name in (*NAMES, b"0X1A", b"0X2B", b"0X3C") if name in contents], path
 
 
-def test_echonet_keeps_going_without_a_clip(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_echonet_keeps_going_without_a_clip(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = echonet(tmp_path / "data")
     (data / "Videos" / "0X3C.avi").unlink()
     write_clip(data / "Videos" / "0X4D.avi", frames(2))
     with (data / "FileList.csv").open("a") as table:
         table.write("0X4D,30,80,114,112,112,50,6,TEST\n")
-    with caplog.at_level(logging.WARNING):
-        assert main(["echonet-dynamic", str(data), str(tmp_path / "out")]) == 1
-    assert "1 clips of FileList.csv are not in Videos/: 0X3C.avi" in caplog.text
+    assert main(["echonet-dynamic", str(data), str(tmp_path / "out")]) == 1
+    assert "1 clips of FileList.csv are not in Videos/: 0X3C.avi" in capsys.readouterr().err
     assert index(tmp_path / "out" / "test")["unreadable"] == 1
 
 
@@ -153,7 +150,7 @@ def test_modelnet40_resampled(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.parametrize("model", ["models/model_normalized.obj", "model.obj"])
-def test_shapenet_core(model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_shapenet_core(model: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     for name in ("02691156/a1", "02691156/a2", "03001627/c1", "03001627/c2"):
         write(data / name / model, OBJ)
@@ -164,9 +161,10 @@ def test_shapenet_core(model: str, tmp_path: Path, caplog: pytest.LogCaptureFixt
     write(data / "taxonomy.json", json.dumps(names))
     rows = ["1,02691156,1,a1,train", "2,2691156,1,a2,val", "3,03001627,1,c1,train", "4,03001627,1,c9,test"]
     write(data / "all.csv", "id,synsetId,subSynsetId,modelId,split\n" + "\n".join(rows) + "\n")
-    with caplog.at_level(logging.WARNING):
-        assert main([*command[:2], str(tmp_path / "out"), *command[2:]]) == 0
-    assert "1 models are not in" in caplog.text and "03001627/c2" in caplog.text and "03001627/c9" in caplog.text
+    assert main([*command[:2], str(tmp_path / "out"), *command[2:]]) == 0
+    warnings = capsys.readouterr().err
+    assert "all.csv and are left out (--without-splits packs them): 03001627/c2" in warnings
+    assert "1 models of" in warnings and "are not in the folder: 03001627/c9" in warnings
     assert index(tmp_path / "out" / "train")["label_counts"] == {"airplane": 1, "chair": 1}
     assert index(tmp_path / "out" / "val")["label_counts"] == {"airplane": 1}
     assert {about["synset"] for about, _, _ in samples(tmp_path / "out" / "train")} == {"02691156", "03001627"}

@@ -15,12 +15,8 @@ from ssl_platform.data.media import Content, Options, points
 from ssl_platform.data.sources import Item
 
 CORNERS = np.array([[x, y, z] for x in (0, 1) for y in (0, 2) for z in (0, 3)])
-TRIANGLES = np.array(
-    [
-        *([0, 1, 3], [0, 3, 2], [4, 6, 7], [4, 7, 5], [0, 4, 5], [0, 5, 1]),
-        *([2, 3, 7], [2, 7, 6], [0, 2, 6], [0, 6, 4], [1, 5, 7], [1, 7, 3]),
-    ]
-)  # the faces of a box of 1 x 2 x 3
+_SIDES = [[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]]
+TRIANGLES = np.array([corners for a, b, c, d in _SIDES for corners in ([a, b, c], [a, c, d])])  # a box of 1 x 2 x 3
 PLY = "ply\nformat {}\nelement vertex {}\nproperty float x\nproperty float y\nproperty float z\n"
 
 
