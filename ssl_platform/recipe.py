@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, model_validator
@@ -140,7 +140,7 @@ def open_order(recipe: Recipe, index: Index) -> Order:
     return build_order(index, recipe.data.sources, recipe.seed, recipe.data.window_shards)
 
 
-def build_modality(recipe: Recipe, statistics: dict[str, list[float]] | None) -> Modality:
+def build_modality(recipe: Recipe, statistics: dict[str, Any] | None) -> Modality:
     """The kind of data, with the channel statistics that it normalises by."""
     try:
         modality: Modality = recipe.modality.build(statistics)

@@ -210,8 +210,9 @@ def _describe(folder: Path, about: dict[str, Any]) -> None:
     if about["label_counts"] and about["unlabelled"]:
         lines[-1] += f"; {about['unlabelled']} without"
     if about["statistics"]:
-        mean, std = (", ".join(f"{value:.4f}" for value in about["statistics"][key]) for key in ("mean", "std"))
-        lines.append(f"channels: mean {mean}; std {std}")
+        from ssl_platform.data.channel_statistics import channel_line  # which loads NumPy
+
+        lines.append(channel_line(about["statistics"]))
     if about.get("without_tissue"):
         lines.append(f"left out: {about['without_tissue']} with too little tissue")
     if about.get("unreadable"):

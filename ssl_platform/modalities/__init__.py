@@ -1,7 +1,8 @@
 """Kinds of data; one file a modality, and the folder is the registry (names with an underscore hold shared parts).
 
-A modality's module holds a class `Config` whose `build(statistics)` makes it; `statistics` are the channel mean and std
-measured on the training shards, or None.
+A modality's module holds a class `Config` whose `build(statistics)` makes it; `statistics` are what was measured of
+the channels on the training shards, {"mean": [...], "std": [...], "percentiles": {"1": [...], ...}}, or None; shards
+packed before percentiles were kept have none.
 """
 
 from typing import Any, NamedTuple, Protocol

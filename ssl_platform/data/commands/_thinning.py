@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl_platform.data.channel_statistics import Tally
 from ssl_platform.data.commands._choosing import Choice, Rules, choose
 from ssl_platform.data.commands._examine import decode_members
 from ssl_platform.data.commands._jobs import files_of, results
@@ -25,7 +26,7 @@ from ssl_platform.data.commands._out import Unfinished, shard_name, unfinished
 from ssl_platform.data.index import Index
 from ssl_platform.data.index_files import describe, write_index
 from ssl_platform.data.reading import reason
-from ssl_platform.data.tar_writing import Shard, _count, statistics
+from ssl_platform.data.tar_writing import Shard, statistics
 from ssl_platform.data.tars import Record, ShardScan, atomic_file, parse_record, scan_shard
 
 logger = logging.getLogger(__name__)
@@ -106,14 +107,14 @@ def _write_shard(index: Index, folder: Unfinished, measure: bool, job: _Job) -> 
     record = folder.record(job.out.name)
     if record is not None and record["inputs"] == job.inputs and record["is_measured"] >= measure:
         return _Written(**record | {"sums": Shard(**record["sums"])}), scan_shard(job.out)
-    written = _Written(job.inputs, measure)
+    written, tally = _Written(job.inputs, measure), Tally()
     folder.begin()
     with atomic_file(job.out) as file:
         for sample in job.samples.tolist():
             data, record_read = _read(index, sample)
             file.write(data)
             if measure:
-                _measure(record_read, index.shards[index[sample].shard].name, written)
+                _measure(record_read, index.shards[index[sample].shard].name, written, tally)
         size = file.tell() + 2 * tarfile.BLOCKSIZE  # the end of an archive, filled up as `tarfile` does it
         file.write(bytes(-(-size // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - file.tell()))
     scan = scan_shard(job.out)
@@ -123,6 +124,7 @@ def _write_shard(index: Index, folder: Unfinished, measure: bool, job: _Job) -> 
             "two with the same key follow each other, or the index is wrong; `ssl-pack verify` names what it is"
         )
     written.bytes = scan.size
+    written.sums.measured(tally)
     return written, scan
 
 
@@ -141,7 +143,7 @@ def _read(index: Index, sample: int) -> tuple[bytes, Record]:
         os.close(file)
 
 
-def _measure(record: Record, shard: str, written: _Written) -> None:
+def _measure(record: Record, shard: str, written: _Written, tally: Tally) -> None:
     try:
         media = decode_members(record.members)
         if media is None:
@@ -149,9 +151,8 @@ def _measure(record: Record, shard: str, written: _Written) -> None:
     except ValueError as error:
         written.undecoded.append(f"{shard}: {record.key}: {error}")
         return
-    num_samples = written.sums.samples
-    _count(written.sums, media.pixels.numpy())
-    written.sums.samples = num_samples + 1
+    tally.add(media.pixels.numpy())
+    written.sums.samples += 1
 
 
 def _dropped_table(choice: Choice) -> bytes:
