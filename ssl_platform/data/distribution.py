@@ -3,7 +3,7 @@
 Values have the unit of mean and std: integers are shares of the largest value of their type, floats are as they are.
 
   uint8   256 bins: exact
-  uint16  4,096 bins: exact below 1,024, above within 1/2,048 of the value (512 bins for each power of two, as in an HDR
+  uint16  4,096 bins: exact below 1,024, above within 1/1,024 of the value (512 bins for each power of two, as in an HDR
           histogram), because data of 10 or 12 bits fills the lower end of the range only
   float   2,100 bins of each sign whose edges grow by the same factor, and one of zero: within 1 % of the value for
           1e-9 <= |x| <= 1e9; what is smaller counts as 0, what is larger as about 1.7e9. This is the idea of DDSketch
@@ -170,7 +170,8 @@ def _bins_of_uint16() -> NDArray[np.int64]:
     """(65536,): the bin of each number. Those of one power of two share a width."""
     numbers = np.arange(1 << 16, dtype=np.int64)
     shift = np.maximum(np.frexp(numbers)[1] - 10, 0)  # numbers below 1,024 have 10 bits
-    return (numbers >> shift) + _PER_OCTAVE * shift
+    bins: NDArray[np.int64] = (numbers >> shift) + _PER_OCTAVE * shift
+    return bins
 
 
 def _places(bins: str, shares: NDArray[np.float64]) -> NDArray[np.int64]:
@@ -180,7 +181,7 @@ def _places(bins: str, shares: NDArray[np.float64]) -> NDArray[np.int64]:
         return bins_of_shares
     magnitudes = np.abs(shares)
     with np.errstate(divide="ignore"):
-        logs = np.log(magnitudes / SMALLEST) / _LOG_FACTOR
+        logs = (np.log(magnitudes) - np.log(SMALLEST)) / _LOG_FACTOR
     steps = np.where(magnitudes < SMALLEST, 0, np.clip(logs, 0, _NUM_MAGNITUDES - 1).astype(np.int64) + 1)
     places: NDArray[np.int64] = _NUM_MAGNITUDES + np.where(shares < 0, -steps, steps)
     return places
