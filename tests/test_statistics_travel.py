@@ -44,7 +44,7 @@ def recipe_of(run_dir: Path, shards: Path, modality: Mapping[str, Any]) -> Recip
             "name": "image",
             "channels": 1,
             "patch_size": 8,
-            "crops": {"global": {"size": 16}, "local": {"num": 0, "size": 8}},
+            "crops": {"global": {"size": 16}, "local": {"num": 1, "size": 8}},
             **modality,
         },
         "data": {"shards": str(shards), "workers": 0},
@@ -171,15 +171,29 @@ def test_mean_and_std_of_a_config_win(shards: Path, run: Path) -> None:
     assert json.loads(state.read_text())["statistics"] == statistics
 
 
-def test_shards_without_percentiles_are_refused_in_words(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("left", "message"),
+    [
+        (
+            {"mean", "std", "pixels"},
+            "modality: intensity_range: needs the percentiles of the shards, which an older ssl-",
+        ),
+        (set[str](), "modality.intensity_range: needs the statistics of the shards, which are not known: ssl-pack"),
+    ],
+    ids=["older shards", "no statistics"],
+)
+def test_shards_without_percentiles_are_refused_in_words(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], left: set[str], message: str
+) -> None:
     shards = pack_images(tmp_path, seed=3, largest=5000)
     index = json.loads((shards / "index.json").read_text())
-    del index["statistics"]["percentiles"], index["statistics"]["distribution"]
+    index["statistics"] = {key: index["statistics"][key] for key in left} or None
     (shards / "index.json").write_text(json.dumps(index))
     train(tmp_path, "plain", shards)
     recipe = recipe_of(tmp_path / "mapped", shards, {"intensity_range": [1, 99]})
     (tmp_path / "mapped.yaml").write_text(to_yaml(recipe))
     capsys.readouterr()
     assert ssl_train([str(tmp_path / "mapped.yaml")]) == 1
-    message = capsys.readouterr().err
-    assert "modality: intensity_range: needs the percentiles of the shards" in message and "Traceback" not in message
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not (tmp_path / "mapped" / "checkpoints").exists()

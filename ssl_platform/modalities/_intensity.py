@@ -12,13 +12,13 @@ from ssl_platform.modalities._images import channel_values
 class IntensityRange:
     """The map of float32 pixels (..., C, H, W) in [0, 1] to the same, linear between both ends and clipped at them."""
 
-    def __init__(self, percent: tuple[float, float], statistics: Mapping[str, Any] | None, num_channels: int) -> None:
+    def __init__(self, percent: tuple[float, float], statistics: Mapping[str, Any], num_channels: int) -> None:
         """`percent` of the channels' `statistics`; raises ValueError if these do not have them, or they are equal."""
-        percentiles = (statistics or {}).get("percentiles") or {}
+        percentiles = statistics.get("percentiles") or {}
         if not percentiles:
             raise ValueError(
-                "intensity_range: needs the percentiles of the shards, which are not known (all shards must be made by "
-                "ssl-pack, none by an older one); pack them again, or leave it out"
+                "intensity_range: needs the percentiles of the shards, which an older ssl-pack made; pack them again with "
+                "--overwrite, or leave it out"
             )
         known = {float(share): values for share, values in percentiles.items()}
         if missing := [share for share in percent if share not in known]:

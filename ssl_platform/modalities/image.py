@@ -162,6 +162,11 @@ class Config(PluginConfig):
             lines.append(f"evaluation_resize: {self.evaluation_resize} does not cover evaluation_size")
         return lines
 
+    @property
+    def needs_statistics(self) -> str:
+        """The key that data without statistics must not have; without them `build` gives the shapes of views only."""
+        return "intensity_range" if self.intensity_range is not None else ""
+
     def _evaluation_sizes(self) -> tuple[Size, Size]:
         """(size to cover, size to cut)"""
         size = pair(self.evaluation_size or self.crops["global"].size)
@@ -179,9 +184,9 @@ class Config(PluginConfig):
         """The arguments of the modality."""
         cover, size = self._evaluation_sizes()
         intensity = None
-        if self.intensity_range is not None:
+        if self.intensity_range is not None and statistics is not None:
             intensity = IntensityRange(self.intensity_range, statistics, 3 if self.to_grey else self.channels)
-            statistics = intensity.statistics(statistics or {})
+            statistics = intensity.statistics(statistics)
         return {
             "channels": self.channels,
             "patch_size": pair(self.patch_size),
