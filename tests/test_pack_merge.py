@@ -68,6 +68,25 @@ def test_samples_labels_groups_and_statistics(
     np.testing.assert_allclose(statistics["mean"], together.mean(0), rtol=1e-12)
     np.testing.assert_allclose(statistics["std"], together.std(0), rtol=1e-12)
     assert statistics["pixels"] == len(together)
+    for share, values in statistics["percentiles"].items():
+        np.testing.assert_array_equal(values, np.percentile(together, float(share), axis=0, method="inverted_cdf"))
+    both = Index.open(list(inputs)).statistics
+    assert both is not None and both["percentiles"] == statistics["percentiles"], "opened together as joined"
+
+
+def test_percentiles_need_those_of_every_input(
+    inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = inputs[1] / "index.json"
+    about = json.loads(path.read_text())
+    del about["statistics"]["percentiles"], about["statistics"]["distribution"]
+    path.write_text(json.dumps(about))
+    assert ssl_pack("merge", *inputs, tmp_path / "all") == 0
+    captured = capsys.readouterr()
+    assert f"no percentiles of the channels: {inputs[1]} was packed before these were kept" in captured.err
+    assert "mean" in captured.out and "percentile" not in captured.out
+    statistics = Index.open(tmp_path / "all").statistics
+    assert statistics is not None and set(statistics) == {"mean", "std"}
 
 
 def test_class_numbers_that_no_longer_hold_are_said(
