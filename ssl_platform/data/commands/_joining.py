@@ -141,7 +141,7 @@ def _joined_statistics(inputs: Sequence[Path], index: Index) -> dict[str, Any] |
             f"not known for the whole of {missing[0]}" if missing else "the inputs differ in their number of channels",
         )
         return None
-    older = [str(path) for path, statistics in zip(inputs, known, strict=True) if "distribution" not in statistics]
+    older = [str(path) for path, statistics in zip(inputs, known, strict=True) if not statistics.get("distribution")]
     if older:
         logger.warning(
             "no percentiles of the channels: %s was packed before these were kept; pack it again to have them", older[0]
