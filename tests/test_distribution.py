@@ -19,8 +19,8 @@ from ssl_platform.data.distribution import (
     RELATIVE_ERROR,
     SMALLEST,
     Distribution,
-    measure,
     merged,
+    sums,
 )
 
 SHARES = (0, 0.1, 1, 5, 25, 50, 75, 95, 99, 99.9, 100)
@@ -79,12 +79,26 @@ def test_floats_beyond_the_range_are_zero_or_the_end_of_it() -> None:
 
 @given(anything)
 def test_sums_are_those_of_the_values(values: Values) -> None:
-    found = measure(values)
     numbers = values.astype(np.float64) / (np.iinfo(values.dtype).max if values.dtype.kind in "iu" else 1)
-    assert found.num_values == values.shape[1] and found.distribution is not None
-    np.testing.assert_allclose(found.sums, numbers.sum(axis=1), rtol=1e-12, atol=1e-12 * np.abs(numbers).sum())
-    np.testing.assert_allclose(found.squares, np.square(numbers).sum(axis=1), rtol=1e-12)
-    assert (found.distribution.totals == values.shape[1]).all()
+    added, squares = sums(values)
+    np.testing.assert_allclose(added, numbers.sum(axis=1), rtol=1e-12, atol=1e-12 * np.abs(numbers).sum())
+    np.testing.assert_allclose(squares, np.square(numbers).sum(axis=1), rtol=1e-12)
+    assert (Distribution.of(values).totals == values.shape[1]).all()
+
+
+@given(st.lists(anything.map(lambda values: values[:1]), min_size=1, max_size=5))
+@settings(max_examples=40)
+def test_a_tally_is_the_sum_of_its_samples(several: list[Values]) -> None:
+    tally = Tally()
+    for values in several:
+        tally.add(values)
+    assert tally.num_values == {"1": sum(values.size for values in several)}
+    expected = [sums(values) for values in several]
+    np.testing.assert_allclose(tally.sums["1"], sum(added for added, _ in expected), rtol=1e-12)
+    np.testing.assert_allclose(tally.squares["1"], sum(squares for _, squares in expected), rtol=1e-12)
+    assert tally.distributions["1"].totals == tally.num_values["1"]
+    if len({values.dtype for values in several}) == 1:
+        assert (tally.distributions["1"].counts == merged([Distribution.of(values) for values in several]).counts).all()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
@@ -247,6 +261,7 @@ def test_without_the_distribution_of_one_there_are_no_percentiles() -> None:
 
 def test_data_of_very_many_channels_has_mean_and_std_only() -> None:
     values = np.random.default_rng(2).integers(0, 256, (MAX_CHANNELS + 1, 5), dtype=np.uint8)
-    found = measure(values)
-    assert found.distribution is None
-    np.testing.assert_allclose(found.sums, (values / 255).sum(axis=1), rtol=1e-12)
+    tally = Tally()
+    tally.add(values)
+    assert tally.distributions == {} and list(tally.sums) == [str(MAX_CHANNELS + 1)]
+    np.testing.assert_allclose(tally.sums[str(MAX_CHANNELS + 1)], (values / 255).sum(axis=1), rtol=1e-12)

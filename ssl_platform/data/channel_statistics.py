@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_platform.data.distribution import Distribution, measure, merged
+from ssl_platform.data.distribution import MAX_CHANNELS, Distribution, bins_of, merged, sums
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +28,17 @@ class Tally:
 
     def add(self, values: NDArray[Any]) -> None:
         """The values (C, ...) of a sample: integers count as shares of their largest value, floats as they are."""
-        channels, found = str(len(values)), measure(values)
-        self.num_values[channels] = self.num_values.get(channels, 0) + found.num_values
-        self.sums[channels] = self.sums.get(channels, 0.0) + found.sums
-        self.squares[channels] = self.squares.get(channels, 0.0) + found.squares
-        if found.distribution is not None:
+        channels, bins = str(len(values)), bins_of(values)
+        if len(values) > MAX_CHANNELS:
+            added, squares = sums(values)
+        else:
             known = self.distributions.get(channels)
-            self.distributions[channels] = found.distribution if known is None else merged([known, found.distribution])
+            fitting = known if known is not None and known.bins == bins else Distribution.empty(bins, len(values))
+            added, squares = fitting.add(values)
+            self.distributions[channels] = fitting if known is None or known is fitting else merged([known, fitting])
+        self.num_values[channels] = self.num_values.get(channels, 0) + values[0].size
+        self.sums[channels] = self.sums.get(channels, 0.0) + added
+        self.squares[channels] = self.squares.get(channels, 0.0) + squares
 
 
 def describe_distribution(distribution: Distribution) -> dict[str, Any]:

@@ -5,9 +5,10 @@ Values have the unit of mean and std: integers are shares of the largest value o
   uint8   256 bins: exact
   uint16  4,096 bins: exact below 1,024, above within 1/1,024 of the value (512 bins for each power of two, as in an HDR
           histogram), because data of 10 or 12 bits fills the lower end of the range only
-  float   2,100 bins of each sign whose edges grow by the same factor, and one of zero: within 1 % of the value for
-          1e-9 <= |x| <= 1e9; what is smaller counts as 0, what is larger as about 1.7e9. This is the idea of DDSketch
-          (Masson, Rim and Lee, 2019, https://arxiv.org/abs/1908.10693). Other integers are counted here too, as shares.
+  float   64 bins for each power of two and sign, 2^-30 to 2^30, and one of zero: within 1 % of the value for
+          1e-9 <= |x| <= 1e9; what is smaller counts as 0, what is larger as 1.07e9. Bins whose width grows with the
+          value are the idea of DDSketch (Masson, Rim and Lee, 2019, https://arxiv.org/abs/1908.10693); here a bin is
+          the upper bits of a float32, which costs no logarithm. Other integers are counted here too, as shares.
 """
 
 import base64
@@ -15,7 +16,7 @@ import binascii
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,27 +26,16 @@ MAX_CHANNELS = 1024
 MAX_COUNT = 1 << 62
 """Of one channel: a text that counts more is damaged."""
 RELATIVE_ERROR = 0.01
-"""Of a float's percentile."""
+"""Of a float's percentile, at most."""
 SMALLEST, LARGEST = 1e-9, 1e9
 """Magnitudes of floats for which it holds."""
-_PER_OCTAVE = 512
-_NUM_MAGNITUDES = 2100
-_LOG_FACTOR = float(np.log((1 + RELATIVE_ERROR) / (1 - RELATIVE_ERROR)))
+_PER_OCTAVE_OF_INTEGERS, _PER_OCTAVE_OF_FLOATS = 512, 64
+_OCTAVES = 30
+"""Of floats, to either side of 1."""
+_NUM_MAGNITUDES = 2 * _OCTAVES * _PER_OCTAVE_OF_FLOATS
 
 
-class Measured(NamedTuple):
-    """Of one sample."""
-
-    num_values: int
-    """Of each channel."""
-    sums: NDArray[np.float64]
-    squares: NDArray[np.float64]
-    """The channels' sums of values and of squares (C,)."""
-    distribution: "Distribution | None"
-    """None for more than MAX_CHANNELS channels."""
-
-
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Distribution:
     """Counts of each channel."""
 
@@ -55,9 +45,33 @@ class Distribution:
     """(C, bins)"""
 
     @classmethod
+    def empty(cls, bins: str, num_channels: int) -> "Distribution":
+        return cls(bins, np.zeros((num_channels, len(_VALUES[bins])), np.int64))
+
+    @classmethod
     def of(cls, values: NDArray[Any]) -> "Distribution":
         """Of (C, ...), C at most MAX_CHANNELS; floats must be finite."""
-        return cls(*_counted(values)[:2])
+        made = cls.empty(bins_of(values), len(values))
+        made.add(values)
+        return made
+
+    def add(self, values: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Counts (C, ...) of a type that has these bins; returns their `sums`, which for uint8 take no further look."""
+        assert bins_of(values) == self.bins and len(values) == len(self.counts)
+        num_bins = self.counts.shape[1]
+        if self.bins == "uint8":
+            counts = np.stack([np.bincount(channel.ravel(), minlength=num_bins) for channel in values])
+            self.counts += counts
+            numbers = np.arange(num_bins)
+            return (counts @ numbers) / 255, (counts @ numbers**2) / 255**2
+        if self.bins == "uint16":
+            for row, channel in zip(self.counts, values, strict=True):
+                row += np.bincount(_BIN_OF[channel].ravel(), minlength=num_bins)
+        else:
+            places = _places("float", _as_shares(values))
+            places += np.arange(len(places))[:, None] * num_bins
+            np.add.at(self.counts.reshape(-1), places.ravel(), 1)
+        return sums(values)
 
     @property
     def totals(self) -> NDArray[np.int64]:
@@ -126,71 +140,57 @@ def merged(several: Sequence[Distribution]) -> Distribution:
     return Distribution(coarsest, total)
 
 
-def measure(values: NDArray[Any]) -> Measured:
-    """Sums and distribution of (C, ...); floats must be finite. Sums of uint8 and uint16 are exact before rounding."""
-    if len(values) <= MAX_CHANNELS:
-        bins, counts, sums, squares = _counted(values)
-        distribution = Distribution(bins, counts)
-    else:
-        sums, squares, distribution = *_sums(_as_shares(values)), None
-    return Measured(values[0].size, sums, squares, distribution)
+def bins_of(values: NDArray[Any]) -> str:
+    """The bins for values of this type."""
+    return values.dtype.name if values.dtype in (np.uint8, np.uint16) else "float"
 
 
-def _counted(values: NDArray[Any]) -> tuple[str, NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Bins, counts, sums and sums of squares."""
-    if values.dtype not in (np.uint8, np.uint16):
-        shares = _as_shares(values)
-        places = _places("float", shares)
-        places += np.arange(len(places), dtype=np.int64)[:, None] * len(_VALUES["float"])  # each channel has its own
-        counts = np.bincount(places.ravel(), minlength=len(places) * len(_VALUES["float"]))
-        return "float", counts.reshape(len(places), -1), *_sums(shares)
+def sums(values: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """The channels' sums of values and of their squares, each (C,): of uint8 and uint16 exact before rounding."""
+    if bins_of(values) == "float":
+        shares = _as_shares(values).astype(np.float64)
+        return shares.sum(axis=1), np.square(shares).sum(axis=1)
     largest = int(np.iinfo(values.dtype).max)
-    every = np.stack([np.bincount(channel.ravel(), minlength=largest + 1) for channel in values])  # (C, largest + 1)
-    numbers = np.arange(largest + 1, dtype=np.int64)
-    sums, squares = (every @ numbers) / largest, (every @ numbers**2) / largest**2
-    if values.dtype == np.uint16:
-        every = np.add.reduceat(every, _FIRST_OF_BIN, axis=1)
-    return values.dtype.name, every, sums, squares
+    integers = values.reshape(len(values), -1).astype(np.int64)
+    return integers.sum(axis=1) / largest, np.einsum("cn,cn->c", integers, integers) / largest**2
 
 
-def _as_shares(values: NDArray[Any]) -> NDArray[np.float64]:
-    """(C, n) in the unit of mean and std."""
-    numbers = values.reshape(len(values), -1).astype(np.float64)
+def _as_shares(values: NDArray[Any]) -> NDArray[Any]:
+    """(C, n) floats in the unit of mean and std."""
+    numbers = values.reshape(len(values), -1)
     return numbers / np.iinfo(values.dtype).max if values.dtype.kind in "iu" else numbers
-
-
-def _sums(shares: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    return shares.sum(axis=1), np.square(shares).sum(axis=1)
 
 
 # -- bins --------------------------------------------------------------------------------------------------------------
 
 
-def _bins_of_uint16() -> NDArray[np.int64]:
+def _bins_of_uint16() -> NDArray[np.int16]:
     """(65536,): the bin of each number. Those of one power of two share a width."""
     numbers = np.arange(1 << 16, dtype=np.int64)
     shift = np.maximum(np.frexp(numbers)[1] - 10, 0)  # numbers below 1,024 have 10 bits
-    bins: NDArray[np.int64] = (numbers >> shift) + _PER_OCTAVE * shift
+    bins: NDArray[np.int16] = ((numbers >> shift) + _PER_OCTAVE_OF_INTEGERS * shift).astype(np.int16)
     return bins
 
 
-def _places(bins: str, shares: NDArray[np.float64]) -> NDArray[np.int64]:
+def _places(bins: str, shares: NDArray[Any]) -> NDArray[np.int64]:
     """The bin of each value, which is a share or a float."""
     if bins == "uint16":
-        bins_of_shares: NDArray[np.int64] = _BIN_OF[np.rint(shares * 65535).astype(np.int64)]
-        return bins_of_shares
-    magnitudes = np.abs(shares)
-    with np.errstate(divide="ignore"):
-        logs = (np.log(magnitudes) - np.log(SMALLEST)) / _LOG_FACTOR
-    steps = np.where(magnitudes < SMALLEST, 0, np.clip(logs, 0, _NUM_MAGNITUDES - 1).astype(np.int64) + 1)
-    places: NDArray[np.int64] = _NUM_MAGNITUDES + np.where(shares < 0, -steps, steps)
+        return _BIN_OF[np.rint(shares * 65535).astype(np.int64)].astype(np.int64)
+    with np.errstate(over="ignore", under="ignore"):
+        bits = shares.astype(np.float32).view(np.int32)  # sign, 8 bits of exponent, 23 of fraction: 6 of these are kept
+    steps = ((bits & 0x7FFFFFFF) >> 17) - (127 - _OCTAVES) * _PER_OCTAVE_OF_FLOATS + 1
+    np.clip(steps, 0, _NUM_MAGNITUDES, out=steps)
+    places: NDArray[np.int64] = (_NUM_MAGNITUDES + np.where(bits < 0, -steps, steps)).astype(np.int64)
     return places
 
 
 def _values_of_float() -> NDArray[np.float64]:
-    """From -1.7e9 over 0 to 1.7e9: of each bin the value whose relative distance to both edges is the same."""
-    lower = SMALLEST * np.exp(_LOG_FACTOR * np.arange(_NUM_MAGNITUDES))
-    magnitudes = lower * (1 + RELATIVE_ERROR)
+    """In ascending order: of each bin the value whose relative distance to both edges is the same."""
+    steps = np.arange(_NUM_MAGNITUDES + 1)
+    edges = np.ldexp(
+        1 + steps % _PER_OCTAVE_OF_FLOATS / _PER_OCTAVE_OF_FLOATS, steps // _PER_OCTAVE_OF_FLOATS - _OCTAVES
+    )
+    magnitudes = 2 * edges[1:] * edges[:-1] / (edges[1:] + edges[:-1])
     return np.concatenate([-magnitudes[::-1], [0.0], magnitudes])
 
 
