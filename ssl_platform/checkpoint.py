@@ -43,8 +43,8 @@ class TrainState:
     """What, with seed and batch size, decides which samples come when: `Index.fingerprint` and the shuffle window."""
     optimizer: str = ""
     """The optimiser's name: another one has no use for its moments."""
-    statistics: dict[str, list[float]] | None = None
-    """Channel mean and std of the training shards: they belong to the weights."""
+    statistics: dict[str, Any] | None = None
+    """The channels' mean, std and percentiles in the training shards: they belong to the weights."""
     counters: dict[str, int] = field(default_factory=dict)
     """Skipped steps, replacements of bad samples, samples that a filter left out."""
     bad_samples: list[str] = field(default_factory=list)

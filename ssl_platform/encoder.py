@@ -36,8 +36,8 @@ class EncoderConfig(Config):
     seed: int
     step: int
     """Finished optimiser steps."""
-    statistics: dict[str, list[float]] | None = None
-    """Channel mean and std of the training shards."""
+    statistics: dict[str, list[float] | dict[str, list[float]]] | None = None
+    """The channels' mean, std and percentiles in the training shards."""
 
 
 class Encoder(nn.Module):

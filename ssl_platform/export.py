@@ -229,6 +229,11 @@ def _notes(encoder: "Encoder") -> list[str]:
     facts, notes = encoder.modality.description(), []
     if facts.get("normalize_per_sample"):
         notes.append("timm cannot normalise each image by its own mean and std: do it before the model")
+    if facts.get("intensity_range"):
+        notes.append(
+            "timm's transform does not map intensities: map pixels from preprocessing.intensity_range in config.json to "
+            "[0, 1] before it"
+        )
     if facts.get("to_grey"):
         notes.append("timm's transform does not make images grey: do it before the model")
     if facts.get("keep_exact_size") and facts.get("crop_pct", 1) != 1:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, ValidationInfo, model_validator
@@ -136,8 +136,13 @@ def open_order(recipe: Recipe, index: Index) -> Order:
     return order
 
 
-def build_modality(recipe: Recipe, statistics: dict[str, list[float]] | None) -> Modality:
+def build_modality(recipe: Recipe, statistics: dict[str, Any] | None) -> Modality:
     """The kind of data, with the channel statistics that it normalises by."""
+    if statistics is None and (key := getattr(recipe.modality, "needs_statistics", "")):
+        raise ConfigError(
+            [f"modality.{key}: needs the statistics of the shards, which are not known: ssl-pack measures them, if all "
+             "samples have as many channels, and tars made elsewhere have none; pack them, or leave it out"]
+        )  # fmt: skip
     try:
         modality: Modality = recipe.modality.build(statistics)
     except ValueError as error:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,8 +32,8 @@ class Parts:
     accumulate: int
     seed: int
     device: torch.device
-    statistics: dict[str, list[float]] | None = None
-    """Channel mean and std that the run began with: they belong to the weights."""
+    statistics: dict[str, Any] | None = None
+    """The channels' mean, std and percentiles that the run began with: they belong to the weights."""
     counters: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTERS, 0))
     bad_samples: set[str] = field(default_factory=set)
     """Each sample that was replaced, with its reason."""
@@ -43,7 +44,7 @@ def build(
     modality: Modality,
     num_samples: int,
     device: torch.device,
-    statistics: dict[str, list[float]] | None = None,
+    statistics: dict[str, Any] | None = None,
 ) -> Parts:
     """Everything that has state, as it is before the first step; `statistics` are what `modality` was built with."""
     student_teacher = build_student_teacher(recipe, modality, num_samples, device)

@@ -4,6 +4,7 @@ Read the tables: a case and what the user is told. tests/test_image_decoding.py,
 test_shards.py hold the commoner cases.
 """
 
+import base64
 import io
 import json
 import logging
@@ -329,6 +330,19 @@ BAD_INDEX_JSON = {
     "names of no text": ({"label_names": [1, 2, 3]}, "label_names.0: Input should be a valid string"),
     "statistics of nothing": ({"statistics": {"mean": []}}, "statistics.mean: List should have at least 1 item"),
     "statistics of half": ({"statistics": {"mean": [0.5], "std": [], "pixels": 1}}, "1 means and 0 standard deviations"),
+    "percentiles of half": (
+        {"statistics": {"mean": [0.5], "std": [0.1], "pixels": 1, "percentiles": {"1": []}}},
+        "1 means and 0 values of percentile '1'",
+    ),
+    "a distribution of nothing": (
+        {"statistics": {"mean": [0.5], "std": [0.1], "pixels": 1, "distribution": {"bins": "uint8"}}},
+        "statistics: a distribution has bins (uint8, uint16, float) and counts (a text)",
+    ),
+    "a distribution that is a bomb": (
+        {"statistics": {"mean": [0.5], "std": [0.1], "pixels": 1, "distribution": {
+            "bins": "uint8", "counts": base64.b64encode(zlib.compress(bytes(1 << 28))).decode()}}},
+        "a distribution does not have 256 counts for 1 channels",
+    ),
     "infinite statistics": ({"statistics": {"mean": [float("inf")], "std": [1], "pixels": 1}}, "should be a finite number"),
 }  # fmt: skip
 

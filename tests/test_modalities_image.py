@@ -16,7 +16,7 @@ from PIL import Image as PillowImage
 
 from ssl_platform.config import ConfigError, to_yaml, validate
 from ssl_platform.modalities import _image_augmentations as augmentations
-from ssl_platform.modalities import image
+from ssl_platform.modalities import image, pathology
 
 TINY = {"patch_size": 4, "crops": {"global": {"size": 8}, "local": {"size": 4}}}
 PLAIN = {
@@ -460,3 +460,75 @@ def test_errors_are_one_readable_line_each(options: dict[str, Any], lines: list[
     with pytest.raises(ConfigError) as caught:
         config(**options)
     assert caught.value.lines == lines
+
+
+# -- intensities -------------------------------------------------------------------------------------------------------
+
+PERCENTILES = {"1": [0.1, 0.2, 0.3], "99": [0.5, 0.4, 0.7]}
+MEASURED = {"mean": [0.3, 0.3, 0.5], "std": [0.1, 0.1, 0.2], "percentiles": PERCENTILES}
+
+
+def test_pixels_between_two_percentiles_fill_the_range() -> None:
+    modality = config(**TINY, **PLAIN, intensity_range=[1, 99]).build(MEASURED)
+    shares = torch.tensor([0.0, 0.1, 0.2, 0.3, 0.35, 0.4, 0.5, 1.0])
+    example = (shares * 65535).round().to(torch.uint16).expand(3, 8, 8)
+    low, high = (torch.tensor(PERCENTILES[key]).view(3, 1, 1) for key in ("1", "99"))
+    expected = ((example.float() / 65535 - low) / (high - low)).clamp(0, 1)
+    torch.testing.assert_close(modality.preprocess(example), expected, atol=1e-5, rtol=0)
+    tall = config(
+        **PLAIN, patch_size=4, crops={"global": WHOLE, "local": {"num": 0, "size": 4}}, intensity_range=[1, 99]
+    )
+    views = tall.build(MEASURED).augment((example,), np.random.default_rng(0))["global"].views
+    torch.testing.assert_close(views[0], expected, atol=1e-4, rtol=0)
+    assert modality.description()["intensity_range"] == {
+        "percentiles": [1, 99],
+        "low": pytest.approx(PERCENTILES["1"]),
+        "high": pytest.approx(PERCENTILES["99"]),
+    }
+
+
+def test_mean_and_std_follow_the_range() -> None:
+    facts = config(**TINY, intensity_range=[1, 99]).build(MEASURED).description()
+    np.testing.assert_allclose(facts["mean"], [0.5, 0.5, 0.5], rtol=1e-5)
+    np.testing.assert_allclose(facts["std"], [0.25, 0.5, 0.5], rtol=1e-5)
+    grey = config(**TINY, intensity_range=[1, 99], to_grey=True).build(MEASURED).description()
+    np.testing.assert_allclose(grey["mean"], [0.5] * 3, rtol=1e-3)
+    one = {"mean": [0.3], "std": [0.1], "percentiles": {"5": [0.1], "95": [0.5]}}
+    spread = config(**TINY, intensity_range=[5, 95]).build(one)
+    assert spread.description()["intensity_range"]["low"] == pytest.approx([0.1] * 3)
+
+
+def test_uint8_and_pathology_have_it_too() -> None:
+    example = torch.arange(64, dtype=torch.uint8).view(1, 8, 8).expand(3, 8, 8) * 4
+    modality = validate(pathology.Config, {**TINY, "context": None, "intensity_range": [1, 99]}).build(MEASURED)
+    shown = modality.normalization.visible(modality.preprocess(example))
+    low, high = (torch.tensor(PERCENTILES[key]).view(3, 1, 1) for key in ("1", "99"))
+    torch.testing.assert_close(shown, ((example / 255 - low) / (high - low)).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("given", "statistics", "message"),
+    [
+        (
+            [1, 99],
+            {"mean": [0.5] * 3, "std": [0.1] * 3},
+            "needs the percentiles of the shards, which an older ssl-pack",
+        ),
+        ([2, 99], MEASURED, "percentile 2 is not kept; use two of 1, 99"),
+        (
+            [1, 99],
+            {**MEASURED, "percentiles": {"1": [0.0, 0.0, 0.0], "99": [0.5, 0.0, 0.5]}},
+            r"percentiles 1 and 99 of channel 1 are both 0; use a wider range, such as \[0.1, 99.9\]",
+        ),
+        ([1, 99], {**MEASURED, "percentiles": {"1": [0.1] * 5, "99": [0.5] * 5}}, "statistics have 5 channels where 3"),
+    ],
+)
+def test_a_range_that_cannot_be(given: list[float], statistics: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config(intensity_range=given).build(statistics)
+
+
+@pytest.mark.parametrize("given", [[99, 1], [50, 50], [-1, 99], [1, 101]])
+def test_a_range_that_is_none(given: list[float]) -> None:
+    with pytest.raises(ConfigError, match=r"intensity_range: .*expected \[low, high\], 0 <= low < high <= 100"):
+        config(intensity_range=given)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from PIL import Image
 
 from ssl_platform.data import tar_writing
 from ssl_platform.data.index import Index
+from ssl_platform.data.media import Content
 from ssl_platform.data.media.image import encode
 from ssl_platform.data.pack import main
 from ssl_platform.data.reading import ShardReader
@@ -105,8 +107,78 @@ def test_a_folder_becomes_shards(photos: Path, tmp_path: Path, capsys: pytest.Ca
     assert index.statistics is not None
     np.testing.assert_allclose(index.statistics["mean"], every.mean(0), rtol=1e-12)
     np.testing.assert_allclose(index.statistics["std"], every.std(0), rtol=1e-12)
+    for share, values in index.statistics["percentiles"].items():
+        np.testing.assert_array_equal(values, np.percentile(every, float(share), axis=0, method="inverted_cdf"))
     about = json.loads((tmp_path / "out" / "index.json").read_text())
     assert about["label_counts"] == {"cat": 4, "dog": 4, "eel": 4} and about["packed"]["seed"] == 0
+
+
+def test_the_screen_has_mean_std_and_percentiles(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack(photos, tmp_path / "out")
+    said = capsys.readouterr().out
+    for name in ("mean", "std", "percentile 1", "percentile 50", "percentile 99"):
+        assert re.search(rf"[:;] {name} 0\.\d{{4}}, 0\.\d{{4}}, [01]\.\d{{4}}", said), said
+
+
+@pytest.mark.parametrize("damage", ["other counts", "no text", "missing channels"])
+def test_a_shard_whose_distribution_is_damaged_is_made_anew(photos: Path, tmp_path: Path, damage: str) -> None:
+    pack(photos, tmp_path / "out", "--samples-per-shard", 5)
+    before = contents(tmp_path / "out")
+    state = json.loads(before["pack.json"])
+    kept = state["shards"]["shard-000001.tar"]["distributions"]
+    if damage == "other counts":
+        kept["3"] = state["shards"]["shard-000000.tar"]["distributions"]["3"] | {"bins": "uint16"}
+    elif damage == "no text":
+        kept["3"]["counts"] = "!"
+    else:
+        kept["4"] = kept.pop("3")
+    (tmp_path / "out" / "pack.json").write_text(json.dumps(state))
+    (tmp_path / "out" / "index.json").unlink()
+    pack(photos, tmp_path / "out", "--samples-per-shard", 5)
+    assert contents(tmp_path / "out") == before
+
+
+def test_shards_of_an_older_pack_stay_and_have_no_percentiles(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pack(photos, tmp_path / "out", "--samples-per-shard", 5)
+    before = contents(tmp_path / "out")
+    state = json.loads(before["pack.json"])
+    del state["shards"]["shard-000001.tar"]["distributions"]
+    (tmp_path / "out" / "pack.json").write_text(json.dumps(state))
+    (tmp_path / "out" / "index.json").unlink()
+    times = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    capsys.readouterr()
+    assert pack(photos, tmp_path / "out", "--samples-per-shard", 5) == 0
+    assert times == {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.tar")}
+    captured = capsys.readouterr()
+    assert "no percentiles: 1 shard" in captured.err and "percentile" not in captured.out
+    statistics = Index.open(tmp_path / "out").statistics
+    assert statistics is not None and set(statistics) == {"mean", "std"}
+    assert pack(photos, tmp_path / "out", "--samples-per-shard", 5, "--overwrite") == 0
+    assert contents(tmp_path / "out").keys() == before.keys()
+    statistics = Index.open(tmp_path / "out").statistics
+    assert (
+        statistics is not None
+        and statistics["percentiles"] == json.loads(before["index.json"])["statistics"]["percentiles"]
+    )
+
+
+def test_values_that_are_not_finite_are_left_out(
+    photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(item: Any, options: Any) -> Content:
+        value = {"im_age 00": np.nan, "im_age 01": np.inf}.get(item.path.stem.replace(".", "_"), 0.25)
+        return Content(item.path.read_bytes(), "png", np.array([[0.25, value]]))
+
+    monkeypatch.setattr("ssl_platform.data.media.image.load", load)
+    assert pack(photos, tmp_path / "out", "--allow-bad") == 0
+    assert capsys.readouterr().err.count("holds values that are no finite numbers (NaN or infinity)") == 2
+    index = Index.open(tmp_path / "out")
+    assert len(index) == 10 and index.statistics is not None and index.statistics["mean"] == [0.25]
+    assert index.statistics["percentiles"]["50"] == pytest.approx([0.25], rel=0.01)
 
 
 def test_webdataset_reads_our_shards(photos: Path, tmp_path: Path) -> None:
@@ -155,6 +227,7 @@ def test_depths_and_channels(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     pack(tmp_path / "deep", tmp_path / "out")
     statistics = Index.open(tmp_path / "out").statistics
     assert statistics is not None and statistics["mean"] == pytest.approx([(deep / 65535).mean()], rel=1e-12)
+    assert statistics["percentiles"]["50"] == pytest.approx([14 * 2000 / 65535], rel=1 / 1024)
     save(tmp_path / "deep" / "b.png", pixels_of(1))
     pack(tmp_path / "deep", tmp_path / "mixed")
     assert Index.open(tmp_path / "mixed").statistics is None

@@ -246,3 +246,15 @@ def test_a_folder_called_like_a_command_can_be_packed(
     monkeypatch.chdir(tmp_path)
     assert main(["./inspect", "out"]) == 0
     assert "out: 1 samples in 1 shard" in capsys.readouterr().out
+
+
+def test_percentiles_are_on_the_page(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        (tmp_path / "photos" / f"{number}.png").write_bytes(sample(number)["png"])
+    assert ssl_pack(tmp_path / "photos", tmp_path / "packed") == 0
+    report, text = inspect(tmp_path / "out", tmp_path / "packed")
+    percentiles = report["statistics"]["percentiles"]
+    page = Page(text)
+    assert {"0.1 %", "50 %", "99.9 %"} <= set(page.texts["th"])
+    assert all(str(round(value, 4)) in page.texts["td"] for values in percentiles.values() for value in values)

@@ -68,6 +68,26 @@ def test_samples_labels_groups_and_statistics(
     np.testing.assert_allclose(statistics["mean"], together.mean(0), rtol=1e-12)
     np.testing.assert_allclose(statistics["std"], together.std(0), rtol=1e-12)
     assert statistics["pixels"] == len(together)
+    for share, values in statistics["percentiles"].items():
+        np.testing.assert_array_equal(values, np.percentile(together, float(share), axis=0, method="inverted_cdf"))
+    both = Index.open(list(inputs)).statistics
+    assert both is not None and both["percentiles"] == statistics["percentiles"], "opened together as joined"
+
+
+def test_percentiles_need_those_of_every_input(
+    inputs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    older = shutil.copytree(inputs[1], tmp_path / "older")
+    about = json.loads((older / "index.json").read_text())
+    del about["statistics"]["percentiles"], about["statistics"]["distribution"]
+    (older / "index.json").write_text(json.dumps(about))
+    capsys.readouterr()
+    assert ssl_pack("merge", inputs[0], older, tmp_path / "all") == 0
+    captured = capsys.readouterr()
+    assert f"no percentiles of the channels: {older} was packed before these were kept" in captured.err
+    assert "; std 0." in captured.out and "; percentile" not in captured.out
+    statistics = Index.open(tmp_path / "all").statistics
+    assert statistics is not None and set(statistics) == {"mean", "std"}
 
 
 def test_class_numbers_that_no_longer_hold_are_said(

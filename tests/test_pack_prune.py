@@ -87,6 +87,8 @@ def test_statistics_are_measured_again_or_unknown(
     np.testing.assert_allclose(statistics["mean"], pixels.mean(0), rtol=1e-10)
     np.testing.assert_allclose(statistics["std"], pixels.std(0), rtol=1e-10)
     assert statistics["pixels"] == len(pixels)
+    for share, values in statistics["percentiles"].items():
+        np.testing.assert_array_equal(values, np.percentile(pixels, float(share), axis=0, method="inverted_cdf"))
     prune(shards, tmp_path / "fast", "--keep", 0.5, "--no-statistics")
     assert Index.open(tmp_path / "fast").statistics is None
     write_tar(tmp_path / "sound/x.tar", [(f"s{number}", {"wav": bytes(100)}) for number in range(6)])

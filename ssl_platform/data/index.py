@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl_platform.data.channel_statistics import joined, used
 from ssl_platform.data.index_parts import Part, damaged, expand, folder_parts, merged_names, part_column, renumbering
 from ssl_platform.data.remote import Remote, RemoteSettings
 from ssl_platform.data.tars import shown
@@ -44,7 +45,8 @@ class Index:
         self.group_names, group_maps = merged_names(parts, "group")
         """The names of labels and of groups; empty where they are only numbers."""
         self.statistics = _merged_statistics([part.statistics for part in parts])
-        """{"mean": [...], "std": [...]} of each channel, pixel values in [0, 1]; None if unknown."""
+        """{"mean": [...], "std": [...], "percentiles": {"1": [...], ...}} of each channel, pixel values in [0, 1]; None if
+        unknown, and without percentiles if only these are."""
         self.sources: dict[str, range] = {}
         """The shards of each source of a mixture; empty without one."""
         self._digests: dict[str, str] = {}
@@ -233,16 +235,9 @@ class Index:
         return columns[0] if len(columns) == 1 else np.concatenate(columns)
 
 
-def _merged_statistics(every: Sequence[dict[str, Any] | None]) -> dict[str, list[float]] | None:
-    """The mean and std over the pixels of all parts, of which each says its number of pixels."""
+def _merged_statistics(every: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Those over the pixels of all parts, of which each says its number of pixels."""
     known = [statistics for statistics in every if statistics is not None]
     if len(known) < len(every) or len({len(statistics["mean"]) for statistics in known}) > 1:
         return None
-    if all(statistics == known[0] for statistics in known):
-        return {"mean": known[0]["mean"], "std": known[0]["std"]}
-    weights = np.array([statistics["pixels"] for statistics in known], dtype=np.float64)
-    weights /= weights.sum()
-    means, stds = (np.array([statistics[key] for statistics in known]) for key in ("mean", "std"))  # (parts, C)
-    mean = weights @ means
-    variance = weights @ (stds**2 + means**2) - mean**2
-    return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 0)).tolist()}
+    return used(known[0] if all(statistics == known[0] for statistics in known) else joined(known))

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from ssl_platform.data.distribution import Distribution
 from ssl_platform.data.index_rows import FORMAT, READABLE, as_scans, describe, row_type
 from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard, shown, write_json
 
@@ -163,11 +164,19 @@ class _Statistics(BaseModel):
     mean: list[float] = Field(min_length=1)
     std: list[float]
     pixels: float = Field(gt=0)
+    percentiles: dict[str, list[float]] | None = None
+    distribution: dict[str, str] | None = None
+    """Both None in an index of before they were kept."""
 
     @model_validator(mode="after")
     def _of_the_same_channels(self) -> "_Statistics":
         if len(self.mean) != len(self.std):
             raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations")
+        for share, values in (self.percentiles or {}).items():
+            if len(values) != len(self.mean):
+                raise ValueError(f"{len(self.mean)} means and {len(values)} values of percentile {share!r}")
+        if self.distribution is not None:
+            Distribution.from_json(self.distribution, len(self.mean))
         return self
 
 

@@ -16,7 +16,7 @@ from ssl_platform.data.pack_options import add_pack_options, count, pack_as_aske
 if TYPE_CHECKING:
     from ssl_platform.data.packing import Packed
 
-_MOST_LABELS, _MOST_CHANNELS = 50, 16
+_MOST_LABELS = 50
 """So many are written out when a folder is described."""
 
 DESCRIPTION = """\
@@ -217,14 +217,10 @@ def _describe(folder: Path, about: dict[str, Any]) -> None:
         lines.append("labels: " + ", ".join(f"{label}: {count}" for label, count in about["label_counts"].items()))
     if about["label_counts"] and about["unlabelled"]:
         lines[-1] += f"; {about['unlabelled']} without"
-    if about["statistics"] and len(about["statistics"]["mean"]) > _MOST_CHANNELS:
-        mean, std = (about["statistics"][key] for key in ("mean", "std"))
-        lines.append(
-            f"{len(mean)} channels: mean {min(mean):.4f} to {max(mean):.4f}; std {min(std):.4f} to {max(std):.4f}"
-        )
-    elif about["statistics"]:
-        mean, std = (", ".join(f"{value:.4f}" for value in about["statistics"][key]) for key in ("mean", "std"))
-        lines.append(f"channels: mean {mean}; std {std}")
+    if about["statistics"]:
+        from ssl_platform.data.channel_statistics import channel_line  # which loads NumPy
+
+        lines.append(channel_line(about["statistics"]))
     if about.get("without_tissue"):
         lines.append(f"left out: {about['without_tissue']} with too little tissue")
     if about.get("unreadable"):

@@ -155,7 +155,7 @@ def _make(
 ) -> tuple[dict[str, Shard], dict[str, ShardScan]]:
     """Makes the shards of the jobs and keeps account of them, whatever ends this run."""
     shards, scans = dict(finished), dict[str, ShardScan]()
-    saved = -math.inf
+    due = -math.inf
     with WorkProgress(sum(len(job.samples) for job in jobs), "packing") as progress:
         try:
             for job, made in parallel(make_shard, jobs, workers):
@@ -163,9 +163,9 @@ def _make(
                     logger.warning("left out: %s", line)
                 shards[job.path.name], scans[job.path.name] = made.shard, made.scan
                 progress.advance(len(job.samples), made.shard.bytes, is_new=made.is_new)
-                if time.monotonic() - saved > 5:
+                if (begun := time.monotonic()) > due:
                     write_state(plan.folder, part, plan.settings, shards)
-                    saved = time.monotonic()
+                    due = time.monotonic() + max(5, 20 * (time.monotonic() - begun))  # of many shards it takes seconds
         finally:
             if jobs:
                 write_state(plan.folder, part, plan.settings, shards)

@@ -1,6 +1,7 @@
 """Makes one shard of a pack: reads its inputs, checks that each decodes, and writes them as WebDataset members."""
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,14 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import webdataset
-from numpy.typing import NDArray
 
+from ssl_platform.data.channel_statistics import Tally, describe_distribution
+from ssl_platform.data.distribution import MAX_CHANNELS, Distribution, merged
 from ssl_platform.data.identity import Names, Numbered
-from ssl_platform.data.media import Content, Options, medium, moments
+from ssl_platform.data.media import Content, Options, medium
 from ssl_platform.data.slides.tiles import Unwanted
 from ssl_platform.data.sources import Item
 from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard, shown
 from ssl_platform.modalities.pathology import tissue_fraction
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -30,6 +34,8 @@ class Shard:
     sums: dict[str, list[float]] = field(default_factory=dict)
     """Of the pixel values in [0, 1], of each channel."""
     squares: dict[str, list[float]] = field(default_factory=dict)
+    distributions: dict[str, dict[str, str]] = field(default_factory=dict)
+    """As `Distribution.to_json`; {} in shards that were made before these were kept."""
     left_out: list[tuple[str, str]] = field(default_factory=list)
     """The key of each input that was left out, and "unreadable" (the file) or "unusable" (what is in it)."""
     without_tissue: int = 0
@@ -42,9 +48,25 @@ class Shard:
     def adds_up(self) -> bool:
         """False if the sums are not of the same channels, which a damaged file may say."""
         kinds = self.sums, self.squares
-        return all(kind.keys() == self.pixels.keys() for kind in kinds) and all(
-            str(len(values)) == channels for kind in kinds for channels, values in kind.items()
+        return (
+            all(kind.keys() == self.pixels.keys() for kind in kinds)
+            and all(str(len(values)) == channels for kind in kinds for channels, values in kind.items())
+            and all(self._counts_all(channels) for channels in self.distributions)
         )
+
+    def _counts_all(self, channels: str) -> bool:
+        try:
+            distribution = Distribution.from_json(self.distributions[channels], len(self.sums[channels]))
+        except (ValueError, KeyError):
+            return False
+        return bool((distribution.totals == self.pixels[channels]).all())
+
+    def measured(self, tally: Tally) -> None:
+        """Keeps what was added up of its samples."""
+        self.pixels = dict(tally.num_values)
+        self.sums = {channels: values.tolist() for channels, values in tally.sums.items()}
+        self.squares = {channels: values.tolist() for channels, values in tally.squares.items()}
+        self.distributions = {channels: found.to_json() for channels, found in tally.distributions.items()}
 
 
 class Job(NamedTuple):
@@ -74,7 +96,7 @@ def make_shard(job: Job) -> Made:
         scan = scan_shard(job.path)
         if len(scan.starts) == job.done.samples:
             return Made(job.done, scan, is_new=False)
-    shard, reasons = Shard(inputs=_inputs(job)), []
+    shard, tally, reasons = Shard(inputs=_inputs(job)), Tally(), []
     with (
         atomic_file(job.path) as file,
         webdataset.TarWriter(file, encoder=False, mtime=0, user="", group="") as tar,
@@ -98,12 +120,13 @@ def make_shard(job: Job) -> Made:
             tar.write(_members(sample, content))
             shard.samples += 1
             if content.values is not None:
-                count_pixels(shard, content.values)
+                tally.add(content.values)
         # What is written now is no longer what the index says, which whoever finishes last writes again.
         (job.path.parent / "index.json").unlink(missing_ok=True)
     scan = scan_shard(job.path)
     assert len(scan.starts) == shard.samples, f"{job.path}: {len(scan.starts)} samples written, not {shard.samples}"
     shard.bytes = scan.size
+    shard.measured(tally)
     return Made(shard, scan, reasons)
 
 
@@ -127,7 +150,11 @@ def _check_name(name: str) -> None:
 
 
 def _load(item: Item, options: Options) -> Content:
-    return medium(item.medium).load(item, options)
+    content = medium(item.medium).load(item, options)
+    values = content.values
+    if values is not None and values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError("holds values that are no finite numbers (NaN or infinity)")
+    return content
 
 
 def _tissue(content: Content) -> float:
@@ -151,17 +178,11 @@ def _members(sample: Numbered, content: Content) -> dict[str, Any]:
     return members
 
 
-def count_pixels(shard: Shard, values: NDArray[Any]) -> None:
-    """Adds the values (C, ...) of one sample to the sums of a shard."""
-    channels, nothing = str(len(values)), [0.0] * len(values)
-    count, sums, squares = moments(values)
-    shard.pixels[channels] = shard.pixels.get(channels, 0) + count
-    for total, added in ((shard.sums, sums), (shard.squares, squares)):
-        total[channels] = (np.array(total.get(channels, nothing)) + added).tolist()
-
-
 def statistics(shards: Sequence[Shard]) -> dict[str, Any] | None:
-    """Mean and std of each channel over all pixels of all shards; None if they differ in their number of channels."""
+    """Mean, std and percentiles of each channel over all pixels of all shards, as `index.json` has them.
+
+    None if they differ in their number of channels; without percentiles if a shard was made before these were kept.
+    """
     kinds = {channels for shard in shards for channels in shard.pixels}
     if len(kinds) != 1:
         return None
@@ -170,4 +191,13 @@ def statistics(shards: Sequence[Shard]) -> dict[str, Any] | None:
     pixels = sum(shard.pixels[channels] for shard in filled)
     mean = np.sum([shard.sums[channels] for shard in filled], axis=0) / pixels  # (C,)
     variance = np.sum([shard.squares[channels] for shard in filled], axis=0) / pixels - np.square(mean)
-    return {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 0)).tolist(), "pixels": pixels}
+    about = {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 0)).tolist(), "pixels": pixels}
+    if len(mean) > MAX_CHANNELS:
+        return about
+    if older := sum(channels not in shard.distributions for shard in filled):
+        logger.warning(
+            "no percentiles: %d shards were packed before these were kept; --overwrite packs them anew", older
+        )
+        return about
+    every = [Distribution.from_json(shard.distributions[channels], len(mean)) for shard in filled]
+    return about | describe_distribution(merged(every))

@@ -1,7 +1,9 @@
 """Kinds of data; one file a modality, and the folder is the registry (names with an underscore hold shared parts).
 
-A modality's module holds a class `Config` whose `build(statistics)` makes it; `statistics` are the channel mean and std
-measured on the training shards, or None.
+A modality's module holds a class `Config` whose `build(statistics)` makes it; `statistics` are what was measured of
+the channels on the training shards, {"mean": [...], "std": [...], "percentiles": {"1": [...], ...}}, or None; shards
+packed before percentiles were kept have none. `build(None)` must give `groups` all the same; a Config that needs more says
+why in `needs_statistics`, the name of the key that needs them, and training on shards without is refused.
 """
 
 from typing import Any, NamedTuple, Protocol

@@ -27,6 +27,7 @@ from ssl_platform.modalities._images import (
     resize_and_center_crop,
     to_float,
 )
+from ssl_platform.modalities._intensity import IntensityRange
 from ssl_platform.modalities._options import (
     Interval,
     PerView,
@@ -104,6 +105,10 @@ class Config(PluginConfig):
     mean: Annotated[tuple[float, ...], from_list] | None = None
     """Of each channel, pixels in [0, 1]. None: the shards' statistics, else ImageNet's for 3 channels, else 0.5."""
     std: Annotated[tuple[float, ...], from_list] | None = None
+    intensity_range: Interval | None = None
+    """[low, high] in percent, such as [1, 99]: in each channel, pixels from one percentile of the shards to the other
+    become [0, 1], before the colour augmentations and in evaluation, and are clipped there; `mean` and `std`, if they are
+    given, are of what comes out. For 16-bit images that fill a part of their range. None: pixels are as they are."""
     normalize_per_sample: bool = False
     """Every channel of every view gets mean 0 and standard deviation 1 of its own; `mean` and `std` are not used."""
     to_grey: bool = False
@@ -149,11 +154,18 @@ class Config(PluginConfig):
                 lines.append(f"{key}: {len(values)} values for {self.channels} channels")
         if self.std is not None and min(self.std, default=1) <= 0:
             lines.append("std: must be above 0")
+        if self.intensity_range is not None and not 0 <= self.intensity_range[0] < self.intensity_range[1] <= 100:
+            lines.append(f"intensity_range: {list(self.intensity_range)}: expected [low, high], 0 <= low < high <= 100")
         if self.to_grey and self.channels not in (1, 3):
             lines.append(f"to_grey: makes 1 or 3 channels, not channels: {self.channels}")
         if any(cover < size for cover, size in zip(*self._evaluation_sizes(), strict=True)):
             lines.append(f"evaluation_resize: {self.evaluation_resize} does not cover evaluation_size")
         return lines
+
+    @property
+    def needs_statistics(self) -> str:
+        """The key that data without statistics must not have; without them `build` gives the shapes of views only."""
+        return "intensity_range" if self.intensity_range is not None else ""
 
     def _evaluation_sizes(self) -> tuple[Size, Size]:
         """(size to cover, size to cut)"""
@@ -163,16 +175,23 @@ class Config(PluginConfig):
         return pair(self.evaluation_resize), size
 
     def build(self, statistics: Mapping[str, Any] | None = None) -> "Image":
-        """`statistics` are {"mean": [...], "std": [...]} of each channel, pixel values in [0, 1]."""
+        """`statistics` are {"mean": [...], "std": [...]} of each channel, pixel values in [0, 1], and where they are
+        known {"percentiles": {"1": [...], ...}}, which only `intensity_range` needs.
+        """
         return Image(**self._arguments(statistics))
 
     def _arguments(self, statistics: Mapping[str, Any] | None) -> dict[str, Any]:
         """The arguments of the modality."""
         cover, size = self._evaluation_sizes()
+        intensity = None
+        if self.intensity_range is not None and statistics is not None:
+            intensity = IntensityRange(self.intensity_range, statistics, 3 if self.to_grey else self.channels)
+            statistics = intensity.statistics(statistics)
         return {
             "channels": self.channels,
             "patch_size": pair(self.patch_size),
             "recipes": {name: self._recipe(name, crops) for name, crops in self.crops.items() if crops.num},
+            "intensity": intensity,
             "normalization": self._normalization(statistics),
             "evaluation_size": size,
             "evaluation_resize": cover,
@@ -249,6 +268,7 @@ class Image:
         channels: int,
         patch_size: Size,
         recipes: dict[str, GroupRecipe],
+        intensity: IntensityRange | None,
         normalization: Normalization,
         evaluation_size: Size,
         evaluation_resize: Size,
@@ -257,6 +277,7 @@ class Image:
         self.channels = channels
         self.patch_size = patch_size
         self.recipes = recipes
+        self.intensity = intensity
         self.normalization = normalization
         self.evaluation_size = evaluation_size
         self.evaluation_resize = evaluation_resize
@@ -286,7 +307,7 @@ class Image:
         for name, recipe in self.recipes.items():
             views = []
             for steps in recipe.colors:
-                view = to_float(recipe.geometry(examples[0], rng))
+                view = self._pixels(recipe.geometry(examples[0], rng))
                 for step in steps:
                     view = step(view, rng)
                 views.append(view)
@@ -301,7 +322,12 @@ class Image:
 
     def normalized(self, example: Tensor) -> Tensor:
         """An example, or a part of one, of any size as evaluation shows it: (C, H, W) float32."""
-        return self.normalization(to_float(example))
+        return self.normalization(self._pixels(example))
+
+    def _pixels(self, image: Tensor) -> Tensor:
+        """float32 in [0, 1], of which the augmentations of colour and the normalisation are."""
+        pixels = to_float(image)
+        return pixels if self.intensity is None else self.intensity(pixels)
 
     def picture(self, view: Tensor) -> NDArray[np.uint8]:
         """A view (C, H, W) with its normalisation undone; of other than three channels the first, as grey."""
@@ -326,6 +352,7 @@ class Image:
             "crop_pct": self.evaluation_size[0] / self.evaluation_resize[0],
             "crop_mode": "center",
             "keep_exact_size": self.keep_exact_size,
+            "intensity_range": self.intensity.description() if self.intensity else None,
             "normalize_per_sample": self.normalization.per_sample,
             "to_grey": self.normalization.to_grey,
         }

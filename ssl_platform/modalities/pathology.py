@@ -100,7 +100,7 @@ class Config(image.Config):
         return lines
 
     def build(self, statistics: Mapping[str, Any] | None = None) -> "Pathology":
-        """`statistics` are {"mean": [...], "std": [...]} of each channel, pixel values in [0, 1]."""
+        """`statistics` as in `image.Config.build`."""
         return Pathology(
             context_size=self.context.size if self.context else None,
             min_tissue=self.min_tissue,

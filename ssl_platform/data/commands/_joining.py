@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ssl_platform.data.channel_statistics import joined
 from ssl_platform.data.commands._jobs import files_of, folders_of, read_keys, results
 from ssl_platform.data.commands._out import Unfinished, unfinished
 from ssl_platform.data.index import Index
@@ -144,12 +145,12 @@ def _joined_statistics(inputs: Sequence[Path], index: Index) -> dict[str, Any] |
             f"not known for the whole of {missing[0]}" if missing else "the inputs differ in their number of channels",
         )
         return None
-    pixels = np.array([statistics["pixels"] for statistics in known], dtype=np.float64)
-    means, stds = (np.array([statistics[name] for statistics in known]) for name in ("mean", "std"))  # (inputs, C)
-    mean = pixels @ means / pixels.sum()
-    variance = pixels @ (stds**2 + (means - mean) ** 2) / pixels.sum()
-    total = sum(int(statistics["pixels"]) for statistics in known)
-    return {"mean": mean.tolist(), "std": np.sqrt(variance).tolist(), "pixels": total}
+    older = [str(path) for path, statistics in zip(inputs, known, strict=True) if not statistics.get("distribution")]
+    if older:
+        logger.warning(
+            "no percentiles of the channels: %s was packed before these were kept; pack it again to have them", older[0]
+        )
+    return joined(known)
 
 
 def _whole_statistics(path: Path) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ssl_platform.data.channel_statistics import channel_line
 from ssl_platform.data.commands._options import counted
 from ssl_platform.data.pack_state import Lock
 from ssl_platform.data.tars import write_json
@@ -106,7 +107,5 @@ def report(out: Path, about: Mapping[str, Any]) -> None:
     lines = [f"{out}: {counted(about['samples'], 'sample')} in {shards}, {size / 1e6:.1f} MB"]
     if about["label_counts"]:
         lines.append("labels: " + ", ".join(f"{label}: {count}" for label, count in about["label_counts"].items()))
-    statistics = about["statistics"] or {"mean": [], "std": []}
-    mean, std = (", ".join(f"{value:.4f}" for value in statistics[key]) for key in ("mean", "std"))
-    lines.append(f"channels: mean {mean}; std {std}" if mean else "channels: mean and std are not known")
+    lines.append(channel_line(about["statistics"]))
     sys.stdout.write("\n  ".join(lines) + "\n")

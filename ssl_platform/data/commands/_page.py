@@ -90,9 +90,14 @@ def _sources(report: Mapping[str, Any]) -> str:
         names = ["number", "smallest", "median", "largest", "without"]
         text += _table("Groups, in samples", names, [[groups[name] for name in names]])
     if report["statistics"]:
-        mean, std = report["statistics"]["mean"], report["statistics"]["std"]
-        rows = [[place, round(m, 4), round(s, 4)] for place, (m, s) in enumerate(zip(mean, std, strict=True))]
-        text += _table("Channels, values in [0, 1]", ["channel", "mean", "std"], rows)
+        statistics = report["statistics"]
+        percentiles = {f"{share} %": values for share, values in (statistics.get("percentiles") or {}).items()}
+        columns = {"mean": statistics["mean"], "std": statistics["std"], **percentiles}
+        rows = [
+            [place, *(round(value, 4) for value in values)]
+            for place, values in enumerate(zip(*columns.values(), strict=True))
+        ]
+        text += _table("Channels, values in [0, 1], and percentiles", ["channel", *columns], rows)
     return text
 
 

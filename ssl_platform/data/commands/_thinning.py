@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl_platform.data.channel_statistics import Tally
 from ssl_platform.data.commands._choosing import Choice, Rules, choose
 from ssl_platform.data.commands._examine import decode_members
 from ssl_platform.data.commands._jobs import files_of, folders_of, results
@@ -28,7 +29,7 @@ from ssl_platform.data.index_rows import describe
 from ssl_platform.data.pack_state import shard_name
 from ssl_platform.data.reading import reason
 from ssl_platform.data.slides import tiles
-from ssl_platform.data.tar_writing import Shard, count_pixels, statistics
+from ssl_platform.data.tar_writing import Shard, statistics
 from ssl_platform.data.tars import Record, ShardScan, atomic_file, parse_record, scan_shard
 
 logger = logging.getLogger(__name__)
@@ -110,14 +111,14 @@ def _write_shard(index: Index, folder: Unfinished, measure: bool, job: _Job) -> 
     record = folder.record(job.out.name)
     if record is not None and record["inputs"] == job.inputs and record["is_measured"] >= measure:
         return _Written(**record | {"sums": Shard(**record["sums"])}), scan_shard(job.out)
-    written = _Written(job.inputs, measure)
+    written, tally = _Written(job.inputs, measure), Tally()
     folder.begin()
     with atomic_file(job.out) as file:
         for sample in job.samples.tolist():
             data, record_read = _read(index, sample)
             file.write(data)
             if measure:
-                _measure(record_read, files_of(index)[index.shard_number(sample)], written)
+                _measure(record_read, files_of(index)[index.shard_number(sample)], written, tally)
         size = file.tell() + 2 * tarfile.BLOCKSIZE  # the end of an archive, filled up as `tarfile` does it
         file.write(bytes(-(-size // tarfile.RECORDSIZE) * tarfile.RECORDSIZE - file.tell()))
     scan = scan_shard(job.out)
@@ -127,6 +128,7 @@ def _write_shard(index: Index, folder: Unfinished, measure: bool, job: _Job) -> 
             "two with the same key follow each other, or the index is wrong; `ssl-pack verify` names what it is"
         )
     written.bytes = scan.size
+    written.sums.measured(tally)
     return written, scan
 
 
@@ -145,7 +147,7 @@ def _read(index: Index, sample: int) -> tuple[bytes, Record]:
         os.close(file)
 
 
-def _measure(record: Record, shard: Path, written: _Written) -> None:
+def _measure(record: Record, shard: Path, written: _Written, tally: Tally) -> None:
     try:
         media = decode_members(tiles.resolved(record, shard).members)
         if media is None:
@@ -153,9 +155,8 @@ def _measure(record: Record, shard: Path, written: _Written) -> None:
     except ValueError as error:
         written.undecoded.append(f"{shard.name}: {record.key}: {error}")
         return
-    num_samples = written.sums.samples
-    count_pixels(written.sums, media.pixels.numpy())
-    written.sums.samples = num_samples + 1
+    tally.add(media.pixels.numpy())
+    written.sums.samples += 1
 
 
 def _dropped_table(choice: Choice) -> bytes:

@@ -1,14 +1,13 @@
 """What ssl-pack can put into shards: a file of this folder for each medium, with a function `load`.
 
 `Item.medium` names the file. Whatever depends on the kind of data is in it: which bytes are stored, what shows that they
-can be decoded, and the values of which the index keeps mean and std.
+can be decoded, and the values of which the index keeps mean, std and percentiles.
 """
 
 from collections.abc import Iterable
 from importlib import import_module
 from typing import Any, NamedTuple, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from ssl_platform.data.sources import Item
@@ -30,8 +29,8 @@ class Content(NamedTuple):
     extension: str
     """Of the tar member; what the modality's `decode` looks for."""
     values: NDArray[Any] | None = None
-    """(C, ...) of which mean and std are taken for each channel: integers count as shares of their largest value, floats
-    as they are. None: no statistics."""
+    """(C, ...) of which mean, std and percentiles are taken for each channel: integers count as shares of their largest
+    value, floats, which must be finite, as they are. None: no statistics."""
     about: dict[str, Any] = {}
     """What the sample's `json` says besides label, group and columns."""
 
@@ -53,11 +52,3 @@ def medium(name: str) -> Medium:
     module: Any = import_module(f"{__name__}.{name}")
     found: Medium = module
     return found
-
-
-def moments(values: NDArray[Any]) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
-    """How many values a channel has, and each channel's sum and sum of squares (C,)."""
-    numbers = values.reshape(len(values), -1).astype(np.float64)
-    if values.dtype.kind in "iu":
-        numbers /= np.iinfo(values.dtype).max
-    return numbers.shape[1], numbers.sum(axis=1), np.square(numbers).sum(axis=1)

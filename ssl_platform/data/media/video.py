@@ -110,7 +110,7 @@ def _describe(data: bytes, extension: str) -> tuple[dict[str, Any], bytes]:
         if size not in (None, (frame.height, frame.width)):
             raise ValueError(f"frame {num_frames} has another size than those before")
         size = frame.height, frame.width
-        digest.update(np.ascontiguousarray(frame.to_ndarray(format="rgb24")))  # narrow frames come with gaps
+        digest.update(np.ascontiguousarray(frame.to_ndarray(format="rgb24")).data)  # narrow frames come with gaps
         num_frames += 1
     if size is None:
         raise ValueError("has no frame that can be decoded")

@@ -1,0 +1,79 @@
+"""What the index keeps of the channels: mean, std and percentiles, and the distributions that these are joined from."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ssl_platform.data.distribution import MAX_CHANNELS, Distribution, bins_of, merged, sums
+
+logger = logging.getLogger(__name__)
+
+PERCENTILES = (0.1, 1, 5, 25, 50, 75, 95, 99, 99.9)
+_SHOWN = ("1", "50", "99")
+_MOST_SHOWN = 8
+
+
+class Tally:
+    """Adds up samples, apart for each number of channels, which is the key of all four, as text."""
+
+    def __init__(self) -> None:
+        self.num_values: dict[str, int] = {}
+        """Of each channel."""
+        self.sums: dict[str, NDArray[np.float64]] = {}
+        self.squares: dict[str, NDArray[np.float64]] = {}
+        self.distributions: dict[str, Distribution] = {}
+
+    def add(self, values: NDArray[Any]) -> None:
+        """The values (C, ...) of a sample: integers count as shares of their largest value, floats as they are."""
+        channels, bins = str(len(values)), bins_of(values)
+        if len(values) > MAX_CHANNELS:
+            added, squares = sums(values)
+        else:
+            known = self.distributions.get(channels)
+            fitting = known if known is not None and known.bins == bins else Distribution.empty(bins, len(values))
+            added, squares = fitting.add(values)
+            self.distributions[channels] = fitting if known is None or known is fitting else merged([known, fitting])
+        self.num_values[channels] = self.num_values.get(channels, 0) + values[0].size
+        self.sums[channels] = self.sums.get(channels, 0.0) + added
+        self.squares[channels] = self.squares.get(channels, 0.0) + squares
+
+
+def describe_distribution(distribution: Distribution) -> dict[str, Any]:
+    """The keys of the index that come from it: the percentiles, and itself, which a later join starts from."""
+    found = distribution.percentiles(PERCENTILES).tolist()
+    percentiles = {f"{share:g}": values for share, values in zip(PERCENTILES, found, strict=True)}
+    return {"percentiles": percentiles, "distribution": distribution.to_json()}
+
+
+def joined(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The statistics of several data sets with the same channels, as one; without percentiles if one has none."""
+    pixels = np.array([one["pixels"] for one in several], dtype=np.float64)
+    means, stds = (np.array([one[name] for one in several]) for name in ("mean", "std"))  # (sets, C)
+    mean = pixels @ means / pixels.sum()
+    variance = pixels @ (stds**2 + (means - mean) ** 2) / pixels.sum()
+    total = sum(one["pixels"] for one in several)
+    about: dict[str, Any] = {"mean": mean.tolist(), "std": np.sqrt(variance).tolist(), "pixels": total}
+    if all(one.get("distribution") for one in several):
+        parts = [Distribution.from_json(one["distribution"], len(mean)) for one in several]
+        about |= describe_distribution(merged(parts))
+    return about
+
+
+def used(statistics: Mapping[str, Any]) -> dict[str, Any]:
+    """What of the index's statistics a modality is built with, and checkpoints and exports carry."""
+    return {key: statistics[key] for key in ("mean", "std", "percentiles") if statistics.get(key)}
+
+
+def channel_line(statistics: Mapping[str, Any] | None) -> str:
+    """Mean, std and some percentiles for the screen."""
+    if not statistics:
+        return "channels: mean and std are not known"
+    percentiles = statistics.get("percentiles") or {}
+    every = {name: statistics[name] for name in ("mean", "std")}
+    every |= {f"percentile {share}": percentiles[share] for share in _SHOWN if share in percentiles}
+    parts = [f"{name} {', '.join(f'{value:.4f}' for value in values[:_MOST_SHOWN])}" for name, values in every.items()]
+    more = len(statistics["mean"]) - _MOST_SHOWN
+    return f"channels: {'; '.join(parts)}" + (f" (and {more} more channels)" if more > 0 else "")
