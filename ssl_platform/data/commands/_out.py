@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from ssl_platform.data.commands._options import counted
 from ssl_platform.data.tars import write_json
 
 _SECONDS_BETWEEN_SAVES = 5
+_MOST_CHANNELS = 16
 
 
 class Unfinished:
@@ -116,6 +117,13 @@ def report(out: Path, about: Mapping[str, Any]) -> None:
     if about["label_counts"]:
         lines.append("labels: " + ", ".join(f"{label}: {count}" for label, count in about["label_counts"].items()))
     statistics = about["statistics"] or {"mean": [], "std": []}
-    mean, std = (", ".join(f"{value:.4f}" for value in statistics[key]) for key in ("mean", "std"))
+    mean, std = (_listed(statistics[key]) for key in ("mean", "std"))
     lines.append(f"channels: mean {mean}; std {std}" if mean else "channels: mean and std are not known")
     sys.stdout.write("\n  ".join(lines) + "\n")
+
+
+def _listed(values: Sequence[float]) -> str:
+    """All of a few channels' values, the least and the largest of many bins."""
+    if len(values) > _MOST_CHANNELS:
+        return f"{min(values):.4f} to {max(values):.4f} in {len(values)}"
+    return ", ".join(f"{value:.4f}" for value in values)
