@@ -3,6 +3,7 @@
 import io
 import json
 import struct
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -231,3 +232,33 @@ def test_the_same_file_gives_the_same_bytes(tmp_path: Path) -> None:
         data = make()
         assert loaded(tmp_path / name, data).data == loaded(tmp_path / f"other_{name}", data).data
     assert read_info(tmp_path / "a.wav").num_samples == 8000
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damaged_files_are_refused_with_a_reason_or_read(name: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(7)
+    data = np.frombuffer(FILES[name](), np.uint8)
+    num_refused = 0
+    for _ in range(30):
+        damaged = data[: rng.integers(1, len(data) + 1)].copy()
+        places = rng.integers(0, min(len(damaged), int(rng.choice([64, 400, len(damaged)]))), 8)
+        damaged[places] = rng.integers(0, 256, 8)
+        try:
+            content = loaded(tmp_path / name, damaged.tobytes())
+        except ValueError as error:
+            assert str(error) and "\n" not in str(error)
+            num_refused += 1
+        else:
+            assert decode_audio(content.data).samples.shape[1] == content.about["num_samples"]
+    assert num_refused, "some of them cannot be read"
+
+
+def test_without_the_packages_nothing_is_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.wav").write_bytes(wav())
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert main([str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    assert capsys.readouterr().err == "ssl-pack: sound needs the package av: pip install 'ssl-platform[audio]'\n"
+    assert not (tmp_path / "out").exists()

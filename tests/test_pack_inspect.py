@@ -146,12 +146,12 @@ def test_sources_and_splits(shards: Path, tmp_path: Path) -> None:
 
 def test_data_that_is_no_image_is_counted(tmp_path: Path) -> None:
     samples = [
-        (f"s{number}", {"wav": bytes([number % 3]) * (100 + number), "json": b'{"who": "voice-7", "hz": 16000}'})
+        (f"s{number}", {"dat": bytes([number % 3]) * (100 + number), "json": b'{"who": "voice-7", "hz": 16000}'})
         for number in range(4)
     ]
     write_tar(tmp_path / "in/x.tar", [*samples, ("again", samples[0][1])])
     report, text = inspect(tmp_path / "out", tmp_path / "in")
-    assert report["members"]["wav"] == {"number": 5, "bytes": 506, "smallest": 100, "largest": 103}
+    assert report["members"]["dat"] == {"number": 5, "bytes": 506, "smallest": 100, "largest": 103}
     assert report["near_duplicates"]["compared"] == 0 and report["duplicates"]["redundant"] == 1
     assert "column who" not in report["histograms"] and report["histograms"]["column hz"]["values"] == [16000]
     Page(text)

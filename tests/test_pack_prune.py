@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 
 from ssl_platform.data.commands import _thinning
 from ssl_platform.data.index import Index
@@ -91,14 +92,14 @@ def test_statistics_are_measured_again_or_unknown(
         np.testing.assert_array_equal(values, np.percentile(pixels, float(share), axis=0, method="inverted_cdf"))
     prune(shards, tmp_path / "fast", "--keep", 0.5, "--no-statistics")
     assert Index.open(tmp_path / "fast").statistics is None
-    write_tar(tmp_path / "sound/x.tar", [(f"s{number}", {"wav": bytes(100)}) for number in range(6)])
+    write_tar(tmp_path / "sound/x.tar", [(f"s{number}", {"dat": bytes(100)}) for number in range(6)])
     capsys.readouterr()
     prune(tmp_path / "sound", tmp_path / "less", "--keep", 0.5)
     captured = capsys.readouterr()
     assert Index.open(tmp_path / "less").statistics is None
     assert (
         "3 samples cannot be decoded, such as x.tar: s" in captured.err
-        and "no image among its members wav" in captured.err
+        and "no image among its members dat" in captured.err
     )
     assert "mean and std are not known" in captured.out
 
@@ -275,3 +276,19 @@ def test_a_full_disk_leaves_no_index_and_the_run_goes_on(
     prune(shards, tmp_path / "out", *arguments)
     assert {name: (tmp_path / "out" / name).stat().st_ino for name in done} == done
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_statistics_of_sound_are_those_of_packing(tmp_path: Path) -> None:
+    """And not those of the picture that is shown of it."""
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        noise = np.random.default_rng(number).normal(0, 0.1, 8000)
+        soundfile.write(tmp_path / "in" / f"{number}.wav", noise, 16000)
+    assert ssl_pack(tmp_path / "in", tmp_path / "packed") == 0
+    assert ssl_pack("prune", tmp_path / "packed", tmp_path / "same", "--keep", 1) == 0
+    packed, same = (
+        json.loads((tmp_path / name / "index.json").read_text())["statistics"] for name in ("packed", "same")
+    )
+    assert len(packed["mean"]) == 128 and packed["percentiles"] == same["percentiles"]
+    np.testing.assert_allclose(same["mean"], packed["mean"], rtol=1e-10)
+    np.testing.assert_allclose(same["std"], packed["std"], rtol=1e-6, atol=1e-9)

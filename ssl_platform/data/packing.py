@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ssl_platform.data.identity import Names, numbered, own_salt, write_lookup
 from ssl_platform.data.index_files import read_description, write_index
 from ssl_platform.data.index_rows import describe
-from ssl_platform.data.media import Options, measured
+from ssl_platform.data.media import Options, media_settings
 from ssl_platform.data.pack_state import (
     Lock,
     Part,
@@ -72,9 +72,9 @@ def pack(
     if overwrite and not part.is_whole:
         raise ValueError("--overwrite: parts would delete each other's shards; delete OUT, or give it without --part")
     check_folder(out, _split_names(items, splits))
+    settings = {**settings, **media_settings(items)}
     names = own_salt(out) if names is None else names
     samples = numbered(items, names, keep_columns)
-    settings = {**settings, **measured(items)}
     divided = assign_splits(samples, splits, seed)
     if splits is not None and all(item.group is None for item in items):
         logger.warning("no sample has a group: whoever is in several images may be in several splits")

@@ -116,14 +116,15 @@ def _mpeg_frames(data: bytes) -> bytes:
     place = 0
     if data[:3] == b"ID3" and len(data) > 10:  # its size has 7 bits in each byte
         place = 10 + sum((byte & 0x7F) << 7 * (3 - i) for i, byte in enumerate(data[6:10]))
-    frames = list[bytes]()
+    frames, last = list[bytes](), -1
     while (place := data.find(b"\xff", place)) >= 0:
         length = _mpeg_frame_length(data[place : place + 4])
         end = place + length
-        follows = end == len(data) or data[end : end + 3] in (b"TAG", b"APE", b"LYR", b"ID3")
-        if length and end <= len(data) and (frames or follows or _mpeg_frame_length(data[end : end + 4])):
+        is_next = place == last or end == len(data) or _mpeg_frame_length(data[end : end + 4]) > 0
+        is_only = data[end : end + 3] in (b"TAG", b"APE", b"LYR", b"ID3")
+        if length and end <= len(data) and (is_next or is_only):
             frames.append(data[place:end])
-            place = end
+            place = last = end
         else:
             place += 1
     return b"".join(frames)

@@ -200,7 +200,10 @@ def _ffmpeg_info(file: Any, kind: str) -> AudioInfo:
 def _first_stream(container: Any, kind: str) -> Any:
     if not container.streams.audio:
         raise ValueError(f"no sound in this {kind} file")
-    return container.streams.audio[0]
+    stream = container.streams.audio[0]
+    if stream.codec_context is None:
+        raise ValueError(f"cannot be decoded as {kind}: its codec is not known")
+    return stream
 
 
 def _blocks(file: Any, kind: str, first: int, last: float, info: AudioInfo) -> Iterator[Samples]:

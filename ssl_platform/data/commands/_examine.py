@@ -19,7 +19,7 @@ from ssl_platform.data.commands._near_duplicates import THUMBNAIL_SIZE, thumbnai
 from ssl_platform.data.commands._options import printable
 from ssl_platform.data.index import Index
 from ssl_platform.data.media import points, video
-from ssl_platform.data.media.audio import spectrogram
+from ssl_platform.data.media.audio import measured, spectrogram
 from ssl_platform.data.reading import ShardReader, reason
 from ssl_platform.data.transfer import RemoteError
 from ssl_platform.modalities import _audio
@@ -39,11 +39,14 @@ class Media(NamedTuple):
     """(C, H, W) uint8 or uint16: an image, or a picture of what is none, such as a spectrogram."""
     sizes: Mapping[str, float]
     """Histograms are drawn of these: width, height, seconds, ..."""
+    values: Callable[[], NDArray[Any] | None]
+    """Those that statistics are of, as `Content.values`."""
 
 
 def _image(data: bytes, extension: str) -> Media:
     pixels = decode_image(data, extension)
-    return Media(pixels, {"width": pixels.shape[2], "height": pixels.shape[1], "channels": pixels.shape[0]})
+    sizes = {"width": pixels.shape[2], "height": pixels.shape[1], "channels": pixels.shape[0]}
+    return Media(pixels, sizes, pixels.numpy)
 
 
 def _array(data: bytes, extension: str) -> Media:
@@ -51,21 +54,22 @@ def _array(data: bytes, extension: str) -> Media:
     if not points.is_cloud(data):
         return _image(data, extension)
     cloud = points.decode_points(data)
-    return Media(torch.from_numpy(points.picture(cloud)), {"points": len(cloud)})
+    return Media(torch.from_numpy(points.picture(cloud)), {"points": len(cloud)}, lambda: cloud.T)
 
 
 def _video(data: bytes, extension: str) -> Media:
     """Three frames side by side: the first, the middle one and the last."""
     about, frames = video.overview(data, extension, 3)
     sizes = {name: about[name] for name in ("num_frames", "height", "width", "fps") if about[name] is not None}
-    return Media(torch.from_numpy(np.concatenate(frames, axis=2)), sizes)
+    picture = torch.from_numpy(np.concatenate(frames, axis=2))
+    return Media(picture, sizes, lambda: video.measured(data, extension, about["num_frames"]))
 
 
 def _sound(data: bytes, extension: str) -> Media:
     sound = _audio.decode_audio(data)
     seconds = sound.samples.shape[1] / sound.sample_rate
     sizes = {"seconds": seconds, "sample rate": sound.sample_rate, "channels": len(sound.samples)}
-    return Media(spectrogram(sound), sizes)
+    return Media(spectrogram(sound), sizes, lambda: measured(sound))
 
 
 def _webm(data: bytes, extension: str) -> Media:

@@ -155,7 +155,8 @@ def _measure(record: Record, shard: Path, written: _Written, tally: Tally) -> No
     except ValueError as error:
         written.undecoded.append(f"{shard.name}: {record.key}: {error}")
         return
-    tally.add(media.pixels.numpy())
+    if (values := media.values()) is not None:
+        tally.add(values)
     written.sums.samples += 1
 
 

@@ -42,10 +42,13 @@ class Medium(Protocol):
         """Reads and checks an item; raises ValueError or OSError with the reason if it is bad, and it is left out."""
 
 
-def measured(items: Iterable[Item]) -> dict[str, Any]:
-    """What the media of the items say of their statistics (`MEASURED`), for the index."""
+def media_settings(items: Iterable[Item]) -> dict[str, Any]:
+    """What the media of the items add to the settings of a plan, which the index keeps: a module's `settings()`.
+
+    Raises ValueError if a medium cannot be packed here at all.
+    """
     modules: list[Any] = [medium(name) for name in sorted({item.medium for item in items})]
-    return {key: value for module in modules for key, value in getattr(module, "MEASURED", {}).items()}
+    return {key: value for module in modules if hasattr(module, "settings") for key, value in module.settings().items()}
 
 
 def medium(name: str) -> Medium:

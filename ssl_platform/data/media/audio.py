@@ -9,17 +9,23 @@ from numpy.typing import NDArray
 from ssl_platform.data.media import Content, Options
 from ssl_platform.data.sound_files import clean_sound, encode_flac
 from ssl_platform.data.sources import Item
-from ssl_platform.modalities._audio import AudioInfo, Sound, decode_audio, read_info, resample
+from ssl_platform.modalities._audio import AudioInfo, Sound, decode_audio, package, read_info, resample
 from ssl_platform.modalities._fbank import Fbank
 
 FBANK = Fbank()
 """Of which the index keeps mean and std, bin by bin."""
 
-MEASURED: dict[str, Any] = {"fbank": FBANK.describe()}
-"""What the statistics are of; stands in the index beside what the user asked for."""
+PACKAGES = ("soundfile", "av", "soxr")
 
 
 _PICTURE_DECIBELS, _PICTURE_COLUMNS = 80, 256
+
+
+def settings() -> dict[str, Any]:
+    """What the statistics are of; raises ValueError if a package is missing, before every file is left out for it."""
+    for name in PACKAGES:
+        package(name)
+    return {"fbank": FBANK.describe()}
 
 
 def load(item: Item, options: Options) -> Content:

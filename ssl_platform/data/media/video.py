@@ -36,9 +36,13 @@ def load(item: Item, options: Options) -> Content:
     about, frames_digest = _describe(data, extension)
     if not options.keep_metadata:
         data, extension = _clean(data, extension, frames_digest)
-    wanted = _spread(about["num_frames"], _NUM_MEASURED_FRAMES)
-    values = np.stack([_thinned(frame) for frame in chosen_frames(data, extension, wanted)], axis=1)
-    return Content(data, extension, values, about)
+    return Content(data, extension, measured(data, extension, about["num_frames"]), about)
+
+
+def measured(data: bytes, extension: str, num_frames: int) -> NDArray[np.uint8]:
+    """(3, frames, pixels): some of the pixels of some frames."""
+    wanted = _spread(num_frames, _NUM_MEASURED_FRAMES)
+    return np.stack([_thinned(frame) for frame in chosen_frames(data, extension, wanted)], axis=1)
 
 
 def container_of(data: bytes) -> str:
