@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_platform.data.distribution import MAX_CHANNELS, Distribution, bins_of, merged, sums
+from ssl_platform.data.distribution import Distribution, bins_of, merged
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +29,10 @@ class Tally:
     def add(self, values: NDArray[Any]) -> None:
         """The values (C, ...) of a sample: integers count as shares of their largest value, floats as they are."""
         channels, bins = str(len(values)), bins_of(values)
-        if len(values) > MAX_CHANNELS:
-            added, squares = sums(values)
-        else:
-            known = self.distributions.get(channels)
-            fitting = known if known is not None and known.bins == bins else Distribution.empty(bins, len(values))
-            added, squares = fitting.add(values)
-            self.distributions[channels] = fitting if known is None or known is fitting else merged([known, fitting])
+        known = self.distributions.get(channels)
+        fitting = known if known is not None and known.bins == bins else Distribution.empty(bins, len(values))
+        added, squares = fitting.add(values)
+        self.distributions[channels] = fitting if known is None or known is fitting else merged([known, fitting])
         self.num_values[channels] = self.num_values.get(channels, 0) + values[0].size
         self.sums[channels] = self.sums.get(channels, 0.0) + added
         self.squares[channels] = self.squares.get(channels, 0.0) + squares
@@ -57,7 +54,7 @@ def joined(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     total = sum(one["pixels"] for one in several)
     about: dict[str, Any] = {"mean": mean.tolist(), "std": np.sqrt(variance).tolist(), "pixels": total}
     if all(one.get("distribution") for one in several):
-        parts = [Distribution.from_json(one["distribution"], len(mean)) for one in several]
+        parts = (Distribution.from_json(one["distribution"], len(mean)) for one in several)
         about |= describe_distribution(merged(parts))
     return about
 

@@ -14,15 +14,16 @@ Values have the unit of mean and std: integers are shares of the largest value o
 import base64
 import binascii
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-MAX_CHANNELS = 1024
-"""Data of more channels has no distribution: it would be larger than a shard's index."""
+MAX_COUNTED_APART = 16
+"""More channels, such as the bins of a filter bank, are counted together: apart they would outweigh all else that is kept
+of a shard."""
 MAX_COUNT = 1 << 62
 """Of one channel: a text that counts more is damaged."""
 RELATIVE_ERROR = 0.01
@@ -42,22 +43,25 @@ class Distribution:
     bins: str
     """"uint8", "uint16" or "float"."""
     counts: NDArray[np.int64]
-    """(C, bins)"""
+    """(R, bins): a row for each channel, or one for all of them."""
 
     @classmethod
     def empty(cls, bins: str, num_channels: int) -> "Distribution":
-        return cls(bins, np.zeros((num_channels, len(_VALUES[bins])), np.int64))
+        return cls(bins, np.zeros((num_rows(num_channels), len(_VALUES[bins])), np.int64))
 
     @classmethod
     def of(cls, values: NDArray[Any]) -> "Distribution":
-        """Of (C, ...), C at most MAX_CHANNELS; floats must be finite."""
+        """Of (C, ...); floats must be finite."""
         made = cls.empty(bins_of(values), len(values))
         made.add(values)
         return made
 
     def add(self, values: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Counts (C, ...) of a type that has these bins; returns their `sums`, which for uint8 take no further look."""
-        assert bins_of(values) == self.bins and len(values) == len(self.counts)
+        assert bins_of(values) == self.bins and num_rows(len(values)) == len(self.counts)
+        if len(values) > len(self.counts):
+            self.add(values.reshape(1, -1))
+            return sums(values)
         num_bins = self.counts.shape[1]
         if self.bins == "uint8":
             counts = np.stack([np.bincount(channel.ravel(), minlength=num_bins) for channel in values])
@@ -75,19 +79,19 @@ class Distribution:
 
     @property
     def totals(self) -> NDArray[np.int64]:
-        """(C,): how many values each channel has."""
+        """(R,): how many values each row counts."""
         totals: NDArray[np.int64] = self.counts.sum(axis=1)
         return totals
 
     def percentiles(self, shares: Sequence[float]) -> NDArray[np.float64]:
-        """(len(shares), C): for each share in percent the smallest value that so many percent do not exceed.
+        """(len(shares), R): for each share in percent the smallest value that so many percent do not exceed.
 
         That is NumPy's method "inverted_cdf"; the error is that of the bins.
         """
         cumulative, totals = self.counts.cumsum(axis=1), self.totals
-        ranks = np.ceil(np.multiply.outer(np.asarray(shares, np.float64), totals) / 100)  # (shares, C)
+        ranks = np.ceil(np.multiply.outer(np.asarray(shares, np.float64), totals) / 100)  # (shares, R)
         ranks = np.clip(ranks, 1, np.maximum(totals, 1)).astype(np.int64)
-        places = [np.searchsorted(row, wanted) for row, wanted in zip(cumulative, ranks.T, strict=True)]  # (C, shares)
+        places = [np.searchsorted(row, wanted) for row, wanted in zip(cumulative, ranks.T, strict=True)]  # (R, shares)
         found: NDArray[np.float64] = _VALUES[self.bins][np.stack(places, axis=1).clip(max=self.counts.shape[1] - 1)]
         return found
 
@@ -112,9 +116,9 @@ class Distribution:
         bins, text = found.get("bins"), found.get("counts")
         if not isinstance(bins, str) or bins not in _VALUES or not isinstance(text, str):
             raise ValueError(f"a distribution has bins ({', '.join(_VALUES)}) and counts (a text)")
-        if not 0 < num_channels <= MAX_CHANNELS:
-            raise ValueError(f"a distribution of {num_channels} channels, the limit is {MAX_CHANNELS}")
-        num_counts = num_channels * len(_VALUES[bins])
+        if num_channels < 1:
+            raise ValueError(f"a distribution of {num_channels} channels")
+        num_counts = num_rows(num_channels) * len(_VALUES[bins])
         try:
             stream = zlib.decompressobj()
             data = stream.decompress(base64.b64decode(text, validate=True), 8 * num_counts + 1)
@@ -123,21 +127,30 @@ class Distribution:
         width, rest = divmod(len(data), num_counts)
         if rest or width not in (1, 2, 4, 8) or not stream.eof or stream.unused_data:
             raise ValueError(f"a distribution does not have {num_counts} counts for {num_channels} channels")
-        unsigned = np.frombuffer(data, f"<u{width}").reshape(num_channels, -1)
+        unsigned = np.frombuffer(data, f"<u{width}").reshape(num_rows(num_channels), -1)
         if (unsigned > MAX_COUNT).any() or unsigned.sum(axis=1, dtype=np.float64).max() > MAX_COUNT:
             raise ValueError("a distribution counts more values than there can be")
         return cls(bins, unsigned.astype(np.int64))
 
 
-def merged(several: Sequence[Distribution]) -> Distribution:
-    """Of all values together, in the coarsest bins of any; raises ValueError if the numbers of channels differ."""
-    if len(numbers := {len(one.counts) for one in several}) != 1:
-        raise ValueError(f"distributions of {sorted(numbers)} channels have no sum")
-    coarsest = max((one.bins for one in several), key=list(_VALUES).index)
-    total = np.zeros((*numbers, len(_VALUES[coarsest])), np.int64)
+def num_rows(num_channels: int) -> int:
+    """Of the distribution of so many channels."""
+    return num_channels if num_channels <= MAX_COUNTED_APART else 1
+
+
+def merged(several: Iterable[Distribution]) -> Distribution:
+    """Of all values together, in the coarsest bins of any; raises ValueError if the numbers of rows differ.
+
+    Takes one after the other: those of a million shards need not be in memory together.
+    """
+    totals: dict[str, NDArray[np.int64]] = {}
     for one in several:
-        total += one.converted(coarsest).counts
-    return Distribution(coarsest, total)
+        if len(numbers := {len(one.counts), *map(len, totals.values())}) != 1:
+            raise ValueError(f"distributions of {sorted(numbers)} channels have no sum")
+        totals[one.bins] = totals[one.bins] + one.counts if one.bins in totals else one.counts
+    coarsest = max(totals, key=list(_VALUES).index)
+    counts = [Distribution(bins, total).converted(coarsest).counts for bins, total in totals.items()]
+    return Distribution(coarsest, np.sum(counts, axis=0))
 
 
 def bins_of(values: NDArray[Any]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from ssl_platform.data.distribution import Distribution
+from ssl_platform.data.distribution import Distribution, num_rows
 from ssl_platform.data.index_rows import FORMAT, READABLE, as_scans, describe, row_type
 from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard, shown, write_json
 
@@ -173,7 +173,7 @@ class _Statistics(BaseModel):
         if len(self.mean) != len(self.std):
             raise ValueError(f"{len(self.mean)} means and {len(self.std)} standard deviations")
         for share, values in (self.percentiles or {}).items():
-            if len(values) != len(self.mean):
+            if len(values) != num_rows(len(self.mean)):
                 raise ValueError(f"{len(self.mean)} means and {len(values)} values of percentile {share!r}")
         if self.distribution is not None:
             Distribution.from_json(self.distribution, len(self.mean))

@@ -12,7 +12,7 @@ import torch
 import webdataset
 
 from ssl_platform.data.channel_statistics import Tally, describe_distribution
-from ssl_platform.data.distribution import MAX_CHANNELS, Distribution, merged
+from ssl_platform.data.distribution import Distribution, merged
 from ssl_platform.data.identity import Names, Numbered
 from ssl_platform.data.media import Content, Options, medium
 from ssl_platform.data.slides.tiles import Unwanted
@@ -32,7 +32,7 @@ class Shard:
     pixels: dict[str, int] = field(default_factory=dict)
     """By the number of channels, as text."""
     sums: dict[str, list[float]] = field(default_factory=dict)
-    """Of the pixel values in [0, 1], of each channel."""
+    """Of the values of each channel: integers as shares of their largest value, floats as they are."""
     squares: dict[str, list[float]] = field(default_factory=dict)
     distributions: dict[str, dict[str, str]] = field(default_factory=dict)
     """As `Distribution.to_json`; {} in shards that were made before these were kept."""
@@ -59,7 +59,8 @@ class Shard:
             distribution = Distribution.from_json(self.distributions[channels], len(self.sums[channels]))
         except (ValueError, KeyError):
             return False
-        return bool((distribution.totals == self.pixels[channels]).all())
+        num_values = self.pixels[channels] * len(self.sums[channels])
+        return bool((distribution.totals == num_values // len(distribution.counts)).all())
 
     def measured(self, tally: Tally) -> None:
         """Keeps what was added up of its samples."""
@@ -192,12 +193,10 @@ def statistics(shards: Sequence[Shard]) -> dict[str, Any] | None:
     mean = np.sum([shard.sums[channels] for shard in filled], axis=0) / pixels  # (C,)
     variance = np.sum([shard.squares[channels] for shard in filled], axis=0) / pixels - np.square(mean)
     about = {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 0)).tolist(), "pixels": pixels}
-    if len(mean) > MAX_CHANNELS:
-        return about
     if older := sum(channels not in shard.distributions for shard in filled):
         logger.warning(
             "no percentiles: %d shards were packed before these were kept; --overwrite packs them anew", older
         )
         return about
-    every = [Distribution.from_json(shard.distributions[channels], len(mean)) for shard in filled]
+    every = (Distribution.from_json(shard.distributions[channels], len(mean)) for shard in filled)
     return about | describe_distribution(merged(every))

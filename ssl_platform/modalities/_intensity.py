@@ -21,6 +21,8 @@ class IntensityRange:
                 "--overwrite, or leave it out"
             )
         known = {float(share): values for share, values in percentiles.items()}
+        if len(statistics["mean"]) > 1:  # of many channels, percentiles are of all together
+            known = {s: v * len(statistics["mean"]) if len(v) == 1 else v for s, v in known.items()}
         if missing := [share for share in percent if share not in known]:
             kept = ", ".join(f"{share:g}" for share in sorted(known))
             raise ValueError(f"intensity_range: percentile {missing[0]:g} is not kept; use two of {kept}")

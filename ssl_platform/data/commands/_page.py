@@ -92,12 +92,18 @@ def _sources(report: Mapping[str, Any]) -> str:
     if report["statistics"]:
         statistics = report["statistics"]
         percentiles = {f"{share} %": values for share, values in (statistics.get("percentiles") or {}).items()}
-        columns = {"mean": statistics["mean"], "std": statistics["std"], **percentiles}
+        num_channels = len(statistics["mean"])
+        apart = {name: values * (num_channels // len(values)) for name, values in percentiles.items()}
+        columns = {"mean": statistics["mean"], "std": statistics["std"], **apart}
         rows = [
             [place, *(round(value, 4) for value in values)]
             for place, values in enumerate(zip(*columns.values(), strict=True))
         ]
-        text += _table("Channels, values in [0, 1], and percentiles", ["channel", *columns], rows)
+        text += _table(
+            "Channels: integers as shares of their largest value; of more than 16, percentiles are of all",
+            ["channel", *columns],
+            rows,
+        )
     return text
 
 
