@@ -19,6 +19,7 @@ from ssl_platform.data.media import Options
 from ssl_platform.data.media.audio import FBANK, load, spectrogram
 from ssl_platform.data.pack import main
 from ssl_platform.data.sources import Item
+from ssl_platform.modalities import image
 from ssl_platform.modalities._audio import decode_audio, read_info, resample
 from tests.test_audio_reading import RATE, aac, tone, written
 
@@ -183,8 +184,11 @@ def test_statistics_are_of_the_fbank_that_the_index_names(tmp_path: Path) -> Non
     assert index.statistics is not None
     np.testing.assert_allclose(index.statistics["mean"], frames.mean(0), rtol=1e-5)
     np.testing.assert_allclose(index.statistics["std"], frames.std(0, correction=0), rtol=1e-3, atol=1e-4)
-    about = json.loads((tmp_path / "out" / "index.json").read_text())
-    assert about["packed"]["fbank"] == FBANK.describe() and about["packed"]["fbank"]["num_bins"] == 128
+    assert (
+        index.statistics["of"] == {"values": "fbank", **FBANK.describe()} and index.statistics["of"]["num_bins"] == 128
+    )
+    with pytest.raises(ValueError, match="the shards' statistics are of fbank, not of pixels"):
+        image.Config().build(index.statistics)
 
 
 def test_a_folder_full_of_names_is_packed_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -299,3 +299,22 @@ def test_an_index_that_does_not_match_is_refused(
     assert not (tmp_path / "all/index.json").exists()
     (a / "shard-000001.tar").unlink()
     assert "shard-000001.tar: listed in index.json, but No such file" in refused(capsys, a, inputs[1], tmp_path / "all")
+
+
+def test_statistics_of_different_things_are_not_joined(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Both have three channels: colours, and coordinates."""
+    for name, values in (("images", {"of": None}), ("clouds", {"of": {"values": "coordinates"}})):
+        write_tar(tmp_path / f"in-{name}/x.tar", [(f"{name}{number}", sample(number)) for number in range(2)])
+        assert ssl_pack("prune", tmp_path / f"in-{name}", tmp_path / name, "--keep", 1) == 0
+        about = json.loads((tmp_path / name / "index.json").read_text())
+        about["statistics"] |= values
+        (tmp_path / name / "index.json").write_text(json.dumps(about))
+    assert ssl_pack("merge", tmp_path / "images", tmp_path / "clouds", tmp_path / "all") == 0
+    assert (
+        "no mean and std of the channels: the inputs differ in their number of channels, or in what the values are"
+        in (capfd.readouterr().err)
+    )
+    assert Index.open(tmp_path / "all").statistics is None
+    assert Index.open([tmp_path / "images", tmp_path / "clouds"]).statistics is None
+    alone = Index.open(tmp_path / "clouds").statistics
+    assert alone is not None and alone["of"] == {"values": "coordinates"}

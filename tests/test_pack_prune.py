@@ -290,5 +290,6 @@ def test_statistics_of_sound_are_those_of_packing(tmp_path: Path) -> None:
         json.loads((tmp_path / name / "index.json").read_text())["statistics"] for name in ("packed", "same")
     )
     assert len(packed["mean"]) == 128 and packed["percentiles"] == same["percentiles"]
+    assert packed["of"] == same["of"] and packed["of"]["values"] == "fbank"
     np.testing.assert_allclose(same["mean"], packed["mean"], rtol=1e-10)
     np.testing.assert_allclose(same["std"], packed["std"], rtol=1e-6, atol=1e-9)

@@ -45,14 +45,20 @@ def describe_distribution(distribution: Distribution) -> dict[str, Any]:
     return {"percentiles": percentiles, "distribution": distribution.to_json()}
 
 
-def joined(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The statistics of several data sets with the same channels, as one; without percentiles if one has none."""
+def joined(several: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The statistics of several data sets as one; without percentiles if one has none.
+
+    None if they have other channels, or are of other things: pixels, coordinates, or filter banks of other settings.
+    """
+    if any(len(one["mean"]) != len(several[0]["mean"]) or one.get("of") != several[0].get("of") for one in several):
+        return None
     pixels = np.array([one["pixels"] for one in several], dtype=np.float64)
     means, stds = (np.array([one[name] for one in several]) for name in ("mean", "std"))  # (sets, C)
     mean = pixels @ means / pixels.sum()
     variance = pixels @ (stds**2 + (means - mean) ** 2) / pixels.sum()
     total = sum(one["pixels"] for one in several)
     about: dict[str, Any] = {"mean": mean.tolist(), "std": np.sqrt(variance).tolist(), "pixels": total}
+    about |= {"of": several[0]["of"]} if several[0].get("of") else {}
     if all(one.get("distribution") for one in several):
         parts = (Distribution.from_json(one["distribution"], len(mean)) for one in several)
         about |= describe_distribution(merged(parts))
@@ -61,7 +67,7 @@ def joined(several: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def used(statistics: Mapping[str, Any]) -> dict[str, Any]:
     """What of the index's statistics a modality is built with, and checkpoints and exports carry."""
-    return {key: statistics[key] for key in ("mean", "std", "percentiles") if statistics.get(key)}
+    return {key: statistics[key] for key in ("mean", "std", "percentiles", "of") if statistics.get(key)}
 
 
 def channel_line(statistics: Mapping[str, Any] | None) -> str:

@@ -238,6 +238,7 @@ class Index:
 def _merged_statistics(every: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
     """Those over the pixels of all parts, of which each says its number of pixels."""
     known = [statistics for statistics in every if statistics is not None]
-    if len(known) < len(every) or len({len(statistics["mean"]) for statistics in known}) > 1:
+    if not known or len(known) < len(every):
         return None
-    return used(known[0] if all(statistics == known[0] for statistics in known) else joined(known))
+    together = known[0] if all(statistics == known[0] for statistics in known) else joined(known)
+    return None if together is None else used(together)

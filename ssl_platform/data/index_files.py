@@ -167,6 +167,8 @@ class _Statistics(BaseModel):
     percentiles: dict[str, list[float]] | None = None
     distribution: dict[str, str] | None = None
     """Both None in an index of before they were kept."""
+    of: dict[str, Any] | None = None
+    """What the values are, and with which settings; None: pixels."""
 
     @model_validator(mode="after")
     def _of_the_same_channels(self) -> "_Statistics":

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from ssl_platform.data.identity import Names, numbered, own_salt, write_lookup
 from ssl_platform.data.index_files import read_description, write_index
 from ssl_platform.data.index_rows import describe
-from ssl_platform.data.media import Options, media_settings
+from ssl_platform.data.media import Options, check_packages, statistics_of
 from ssl_platform.data.pack_state import (
     Lock,
     Part,
@@ -72,7 +72,9 @@ def pack(
     if overwrite and not part.is_whole:
         raise ValueError("--overwrite: parts would delete each other's shards; delete OUT, or give it without --part")
     check_folder(out, _split_names(items, splits))
-    settings = {**settings, **media_settings(items)}
+    media = {item.medium for item in items}
+    check_packages(media)
+    settings = {**settings, **({"statistics_of": of} if (of := statistics_of(media)) != {} else {})}
     names = own_salt(out) if names is None else names
     samples = numbered(items, names, keep_columns)
     divided = assign_splits(samples, splits, seed)
@@ -194,7 +196,7 @@ def _finish(plan: Plan, shards: Mapping[str, Shard], scans: Mapping[str, ShardSc
     about, rows = describe(
         {**scans, **{path.name: scan for path, scan in parallel(scan_shard, others, workers)}},
         scanned=False,
-        statistics=statistics(every),
+        statistics=statistics(every, plan.settings.get("statistics_of", {})),
         unreadable=len(left_out),
         without_tissue=without_tissue,
         dropped=dropped,

@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,13 +179,14 @@ def _members(sample: Numbered, content: Content) -> dict[str, Any]:
     return members
 
 
-def statistics(shards: Sequence[Shard]) -> dict[str, Any] | None:
+def statistics(shards: Sequence[Shard], of: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Mean, std and percentiles of each channel over all pixels of all shards, as `index.json` has them.
 
-    None if they differ in their number of channels; without percentiles if a shard was made before these were kept.
+    `of` says what the values are (`media.statistics_of`). None if that or the number of channels differs; without
+    percentiles if a shard was made before these were kept.
     """
     kinds = {channels for shard in shards for channels in shard.pixels}
-    if len(kinds) != 1:
+    if len(kinds) != 1 or of is None:
         return None
     (channels,) = kinds
     filled = [shard for shard in shards if channels in shard.pixels]
@@ -193,6 +194,7 @@ def statistics(shards: Sequence[Shard]) -> dict[str, Any] | None:
     mean = np.sum([shard.sums[channels] for shard in filled], axis=0) / pixels  # (C,)
     variance = np.sum([shard.squares[channels] for shard in filled], axis=0) / pixels - np.square(mean)
     about = {"mean": mean.tolist(), "std": np.sqrt(np.maximum(variance, 0)).tolist(), "pixels": pixels}
+    about |= {"of": dict(of)} if of else {}
     if older := sum(channels not in shard.distributions for shard in filled):
         logger.warning(
             "no percentiles: %d shards were packed before these were kept; --overwrite packs them anew", older

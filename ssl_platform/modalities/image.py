@@ -182,6 +182,8 @@ class Config(PluginConfig):
 
     def _arguments(self, statistics: Mapping[str, Any] | None) -> dict[str, Any]:
         """The arguments of the modality."""
+        if of := (statistics or {}).get("of"):
+            raise ValueError(f"the shards' statistics are of {of.get('values')}, not of pixels: they hold no images")
         cover, size = self._evaluation_sizes()
         intensity = None
         if self.intensity_range is not None and statistics is not None:

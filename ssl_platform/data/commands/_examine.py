@@ -41,12 +41,14 @@ class Media(NamedTuple):
     """Histograms are drawn of these: width, height, seconds, ..."""
     values: Callable[[], NDArray[Any] | None]
     """Those that statistics are of, as `Content.values`."""
+    medium: str
+    """The file of `ssl_platform.data.media` for this kind."""
 
 
 def _image(data: bytes, extension: str) -> Media:
     pixels = decode_image(data, extension)
     sizes = {"width": pixels.shape[2], "height": pixels.shape[1], "channels": pixels.shape[0]}
-    return Media(pixels, sizes, pixels.numpy)
+    return Media(pixels, sizes, pixels.numpy, "image")
 
 
 def _array(data: bytes, extension: str) -> Media:
@@ -54,7 +56,7 @@ def _array(data: bytes, extension: str) -> Media:
     if not points.is_cloud(data):
         return _image(data, extension)
     cloud = points.decode_points(data)
-    return Media(torch.from_numpy(points.picture(cloud)), {"points": len(cloud)}, lambda: cloud.T)
+    return Media(torch.from_numpy(points.picture(cloud)), {"points": len(cloud)}, lambda: cloud.T, "points")
 
 
 def _video(data: bytes, extension: str) -> Media:
@@ -62,14 +64,14 @@ def _video(data: bytes, extension: str) -> Media:
     about, frames = video.overview(data, extension, 3)
     sizes = {name: about[name] for name in ("num_frames", "height", "width", "fps") if about[name] is not None}
     picture = torch.from_numpy(np.concatenate(frames, axis=2))
-    return Media(picture, sizes, lambda: video.measured(data, extension, about["num_frames"]))
+    return Media(picture, sizes, lambda: video.measured(data, extension, about["num_frames"]), "video")
 
 
 def _sound(data: bytes, extension: str) -> Media:
     sound = _audio.decode_audio(data)
     seconds = sound.samples.shape[1] / sound.sample_rate
     sizes = {"seconds": seconds, "sample rate": sound.sample_rate, "channels": len(sound.samples)}
-    return Media(spectrogram(sound), sizes, lambda: measured(sound))
+    return Media(spectrogram(sound), sizes, lambda: measured(sound), "audio")
 
 
 def _webm(data: bytes, extension: str) -> Media:

@@ -138,11 +138,14 @@ def _joined_statistics(inputs: Sequence[Path], index: Index) -> dict[str, Any] |
     """Of all pixels, if every input is a whole folder and says how many pixels its mean and std are of."""
     every = [_whole_statistics(path) for path in inputs]
     known = [statistics for statistics in every if statistics is not None]
-    if len(known) < len(every) or len({len(statistics["mean"]) for statistics in known}) > 1:
-        missing = [str(path) for path, statistics in zip(inputs, every, strict=True) if statistics is None]
+    missing = [str(path) for path, statistics in zip(inputs, every, strict=True) if statistics is None]
+    together = None if missing else joined(known)
+    if together is None:
         logger.warning(
             "no mean and std of the channels: %s",
-            f"not known for the whole of {missing[0]}" if missing else "the inputs differ in their number of channels",
+            f"not known for the whole of {missing[0]}"
+            if missing
+            else "the inputs differ in their number of channels, or in what the values are",
         )
         return None
     older = [str(path) for path, statistics in zip(inputs, known, strict=True) if not statistics.get("distribution")]
@@ -150,7 +153,7 @@ def _joined_statistics(inputs: Sequence[Path], index: Index) -> dict[str, Any] |
         logger.warning(
             "no percentiles of the channels: %s was packed before these were kept; pack it again to have them", older[0]
         )
-    return joined(known)
+    return together
 
 
 def _whole_statistics(path: Path) -> dict[str, Any] | None:

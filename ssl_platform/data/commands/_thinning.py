@@ -26,6 +26,7 @@ from ssl_platform.data.commands._out import Unfinished, unfinished
 from ssl_platform.data.index import Index
 from ssl_platform.data.index_files import write_index
 from ssl_platform.data.index_rows import describe
+from ssl_platform.data.media import statistics_of
 from ssl_platform.data.pack_state import shard_name
 from ssl_platform.data.reading import reason
 from ssl_platform.data.slides import tiles
@@ -51,6 +52,8 @@ class _Written:
     bytes: int = 0
     sums: Shard = field(default_factory=Shard)
     """Of the pixels, for the statistics."""
+    media: list[str] = field(default_factory=list)
+    """The kinds of data among its samples."""
     undecoded: list[str] = field(default_factory=list)
     """Shard, key and reason of each sample that has no pixels."""
 
@@ -84,10 +87,11 @@ def prune(
         if undecoded := [line for written in every for line in written.undecoded]:
             logger.warning("%s cannot be decoded, such as %s", counted(len(undecoded), "sample"), undecoded[0])
         is_known = measure and not undecoded
+        of = statistics_of(name for written in every for name in written.media)
         about, rows = describe(
             scans,
             scanned=False,
-            statistics=statistics([written.sums for written in every]) if is_known else None,
+            statistics=statistics([written.sums for written in every], of) if is_known else None,
             dropped=dict(Counter(rule for rule, _ in choice.dropped.values())),
         )
         about["cls_differs"] = cls_differs([Index.open(path) for path in inputs], about["label_names"])
@@ -158,6 +162,7 @@ def _measure(record: Record, shard: Path, written: _Written, tally: Tally) -> No
     if (values := media.values()) is not None:
         tally.add(values)
     written.sums.samples += 1
+    written.media = sorted({*written.media, media.medium})
 
 
 def _dropped_table(choice: Choice) -> bytes:

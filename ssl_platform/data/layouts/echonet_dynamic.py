@@ -18,7 +18,6 @@ import logging
 from pathlib import Path
 
 from ssl_platform.data.layouts import MAX_NAMED, missing
-from ssl_platform.data.media import video
 from ssl_platform.data.sources import Item
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,6 @@ def items(folder: Path, arguments: argparse.Namespace) -> list[Item]:
     needed = {"FileList.csv": table.is_file(), "Videos/": (folder / "Videos").is_dir()}
     if not all(needed.values()):
         raise missing(folder, [name for name, is_there in needed.items() if not is_there], "echonet-dynamic")
-    video.library()  # or each clip would be left out for the lack of it
     traced = _traced_frames(folder / "VolumeTracings.csv")
     found = []
     for line, row in _rows(table, ("FileName", "EF", "ESV", "EDV", "FPS", "Split")):

@@ -47,7 +47,7 @@ def items(folder: Path, arguments: argparse.Namespace) -> list[Item]:
     meshes = [path for split in _SPLITS for path in folder.glob(f"*/{split}/*.off")]
     if not meshes:
         raise missing(folder, ["CLASS/train/*.off", "CLASS/test/*.off", "modelnet40_train.txt"], "modelnet40")
-    points.library()
+    points.import_trimesh()
     return [
         Item(
             path,

@@ -67,7 +67,7 @@ def items(folder: Path, arguments: argparse.Namespace) -> list[Item]:
             found.append(_item(folder, file, synset.name)._replace(part=(arguments.points,)))
     if not found:
         raise missing(folder, ["SYNSET/MODEL/models/model_normalized.obj", "shapenet_pc/"], "shapenet")
-    points.library()
+    points.import_trimesh()
     found = _labelled(found, folder / "taxonomy.json")
     wants_splits = not arguments.without_splits and arguments.split in (None, ["column"])
     return _with_splits(found, folder / "all.csv") if wants_splits and (folder / "all.csv").is_file() else found

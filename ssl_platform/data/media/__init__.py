@@ -42,13 +42,16 @@ class Medium(Protocol):
         """Reads and checks an item; raises ValueError or OSError with the reason if it is bad, and it is left out."""
 
 
-def media_settings(items: Iterable[Item]) -> dict[str, Any]:
-    """What the media of the items add to the settings of a plan, which the index keeps: a module's `settings()`.
+def check_packages(media: Iterable[str]) -> None:
+    """Raises ValueError if a medium cannot be packed here at all: before every file is left out for it."""
+    for module in [medium(name) for name in sorted({*media})]:
+        getattr(module, "check_packages", lambda: None)()
 
-    Raises ValueError if a medium cannot be packed here at all.
-    """
-    modules: list[Any] = [medium(name) for name in sorted({item.medium for item in items})]
-    return {key: value for module in modules if hasattr(module, "settings") for key, value in module.settings().items()}
+
+def statistics_of(media: Iterable[str]) -> dict[str, Any] | None:
+    """What the values of these media are: `STATISTICS_OF` of their modules, {} for pixels; None if they differ."""
+    kinds = [getattr(medium(name), "STATISTICS_OF", {}) for name in sorted({*media})]
+    return kinds[0] if kinds and all(kind == kinds[0] for kind in kinds) else None
 
 
 def medium(name: str) -> Medium:

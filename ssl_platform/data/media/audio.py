@@ -1,7 +1,5 @@
 """Sound: stored as the file is, without its tags, or as FLAC; a segment of a file is always FLAC."""
 
-from typing import Any
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -14,18 +12,14 @@ from ssl_platform.modalities._fbank import Fbank
 
 FBANK = Fbank()
 """Of which the index keeps mean and std, bin by bin."""
-
+STATISTICS_OF = {"values": "fbank", **FBANK.describe()}
 PACKAGES = ("soundfile", "av", "soxr")
-
-
 _PICTURE_DECIBELS, _PICTURE_COLUMNS = 80, 256
 
 
-def settings() -> dict[str, Any]:
-    """What the statistics are of; raises ValueError if a package is missing, before every file is left out for it."""
+def check_packages() -> None:
     for name in PACKAGES:
         package(name)
-    return {"fbank": FBANK.describe()}
 
 
 def load(item: Item, options: Options) -> Content:

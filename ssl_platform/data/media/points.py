@@ -24,6 +24,8 @@ MAX_FACES = 50_000_000
 _UNIT_SHARE = 0.9
 """Columns 4 to 6 are normals if so many of them have length 1 (within 5 %); else they are colours, and stay out."""
 
+STATISTICS_OF = {"values": "coordinates"}
+
 Points = NDArray[np.float32]
 
 
@@ -177,7 +179,7 @@ def sample_surface(corners: NDArray[np.float64], num_points: int, rng: np.random
 
 def _triangles(data: bytes, extension: str) -> tuple[NDArray[Any], NDArray[Any]]:
     """Vertices (V, 3), with normals (V, 6) where there are no faces, and faces (F, 3). No other file is read."""
-    trimesh = library()
+    trimesh = import_trimesh()
     if extension == "off":  # files of ModelNet40 begin with "OFF490 518 0", which some versions do not read
         data = re.sub(rb"\A\s*OFF(?=[\d ])", b"OFF\n", data)
     elif extension == "obj":  # materials name other files; the shape does not need them
@@ -200,7 +202,7 @@ def _triangles(data: bytes, extension: str) -> tuple[NDArray[Any], NDArray[Any]]
     return np.concatenate([np.asarray(mesh.vertices, np.float64) for mesh in meshes]), np.concatenate(faces)
 
 
-def library() -> Any:
+def import_trimesh() -> Any:
     """trimesh; raises ValueError with the fix if it is not installed."""
     try:
         import trimesh

@@ -126,7 +126,7 @@ def _describe(data: bytes, extension: str) -> tuple[dict[str, Any], bytes]:
 
 def _opened(data: bytes, extension: str) -> Any:
     """The container, with its one stream of pictures checked."""
-    av = library()
+    av = import_av()
     try:
         container = av.open(io.BytesIO(data), format=_FORMATS[extension], metadata_errors="replace")
     except (av.FFmpegError, ValueError, OSError) as error:
@@ -148,7 +148,7 @@ def _opened(data: bytes, extension: str) -> Any:
 
 def _decoded(data: bytes, extension: str) -> Iterator[Any]:
     """PyAV's frames, one after the other; raises ValueError where one is damaged."""
-    av = library()
+    av = import_av()
     number = 0
     with _opened(data, extension) as container:
         try:
@@ -201,7 +201,7 @@ def _clean(data: bytes, extension: str, frames_digest: bytes) -> tuple[bytes, st
 
 
 def _remuxed(data: bytes, extension: str, kind: str) -> bytes:
-    av = library()
+    av = import_av()
     file = io.BytesIO()
     with _opened(data, extension) as source:
         stream = source.streams.video[0]
@@ -217,7 +217,11 @@ def _remuxed(data: bytes, extension: str, kind: str) -> bytes:
     return file.getvalue()
 
 
-def library() -> Any:
+def check_packages() -> None:
+    import_av()
+
+
+def import_av() -> Any:
     """PyAV; raises ValueError with the fix if it is not installed."""
     try:
         import av
