@@ -75,7 +75,10 @@ def test_esc50(inside: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "message"),
     [
-        ("filename,fold,target\n1.wav,1,0\n", "esc50.csv: no column category; expected filename, fold, category"),
+        (
+            "filename,fold,target\n1.wav,1,0\n",
+            "esc50.csv: line 1: no column 'category'; needed are filename, fold, category",
+        ),
         ("filename,fold,category,src_file\n", "esc50.csv: no row below the header"),
         ("filename,fold,category,src_file\na.wav,1,,7\n", "esc50.csv: line 2: category is empty"),
         ("filename,fold,category,src_file\na.wav,1,dog,7\n", "not the layout of esc50: missing audio/a.wav; there is"),
@@ -155,6 +158,16 @@ def test_voxceleb_refuses_a_wrong_table(tmp_path: Path, capsys: pytest.CaptureFi
     assert "vox1_meta.csv: line 2: 2 columns, but the header has 3" in capsys.readouterr().err
 
 
+def test_voxceleb_says_why_there_are_no_splits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    places = ("dev/wav/{}.wav", "dev/wav/{}.wav", "extra/{}.wav", "test/wav/{}.wav")
+    data = voxceleb(tmp_path / "data", dict(zip(_UTTERANCES, places, strict=True)))
+    assert main(["voxceleb", str(data), str(tmp_path / "out")]) == 0
+    assert "no splits, because 1 of 4 utterances are in none, such as extra/id10001/bbb/00001.wav" in (
+        capsys.readouterr().err.replace("\n", "")
+    )
+    assert len(Index.open(tmp_path / "out")) == 4
+
+
 # -- AudioSet ----------------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +229,12 @@ def test_audioset_names_of_files(tmp_path: Path) -> None:
             'eeeeeeeeeee, 9, 2, "/m/0k4j"\n',
             "eval_segments.csv: line 1: a segment from 9 to 2 seconds",
         ),
-        ("class_labels_indices.csv", "a,b\n1,2\n", "class_labels_indices.csv: no column 'mid'; expected index, mid"),
+        ("eval_segments.csv", 'eeeeeeeeeee, 2, inf, "/m/0k4j"\n', "line 1: a segment from 2 to inf seconds"),
+        (
+            "class_labels_indices.csv",
+            "a,b\n1,2\n",
+            "csv: line 1: no column 'mid'; needed are mid, display_name; the columns are a, b",
+        ),
     ],
 )
 def test_audioset_refuses_wrong_tables(

@@ -101,7 +101,10 @@ def test_echonet_keeps_going_without_a_clip(tmp_path: Path, capsys: pytest.Captu
         ("0X1A,55.5,20,45,112,112,50,6,DEV", "line 2: Split is 'DEV', expected TRAIN, VAL or TEST"),
         ("0X1A,high,20,45,112,112,50,6,VAL", "line 2: EF is 'high', expected a number"),
         ("../0X1A,55,20,45,112,112,50,6,VAL", "line 2: FileName '../0X1A' is no file name"),
-        ("0X1A,55", "line 2: Split is '', expected"),
+        ("0X1A,55", "line 2: 2 columns, but the header has 9"),
+        ("0X1A,55,20,45,112,112,50,6,", "line 2: Split is '', expected"),
+        ("0X1A,nan,20,45,112,112,50,6,VAL", "line 2: EF is 'nan', expected a number"),
+        ("0X1A,55,inf,45,112,112,50,6,VAL", "line 2: ESV is 'inf', expected a number"),
         ("", "no row below the header"),
     ],
 )
@@ -177,7 +180,7 @@ def test_shapenet_bad_tables(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     write(data / "02691156/a1/model.obj", OBJ)
     write(data / "all.csv", "id,split\n")
     assert main(command) == 2
-    assert "all.csv: line 1: no column 'modelId'" in capsys.readouterr().err
+    assert "all.csv: line 1: no column 'synsetId'" in capsys.readouterr().err
     write(data / "all.csv", "synsetId,modelId,split\n1,2,train\n")
     assert main(command) == 2
     assert "all.csv: names none of the 1 models in the folder" in capsys.readouterr().err
@@ -215,8 +218,11 @@ def test_verify_and_inspect_decode_them(tmp_path: Path, capsys: pytest.CaptureFi
     for folder in (clips, clouds):
         assert main(["verify", str(folder)]) == 0, capsys.readouterr()
         assert main(["inspect", str(folder), "--out", str(folder / "page")]) == 0
-    page = next(clips.glob("page*")) if (clips / "page").is_dir() else clips
-    assert page.exists()
+        page = (folder / "page" / "inspect.html").read_text()
+        report = json.loads((folder / "page" / "inspect.json").read_text())
+        assert "num_frames" in page if folder == clips else "points" in page
+        assert page.count("data:image/") >= min(report["samples"], 3), "a picture of each"
+        assert report["bad"]["samples"] == 0
     shard = next(clips.glob("*.tar"))
     damaged = bytearray(shard.read_bytes())
     place = damaged.index(b"movi") + 2000

@@ -330,9 +330,9 @@ def test_patients(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str])
         capsys, raw, tmp_path / "new", "--patients", patients
     )
     write_csv(patients, {"slide": "a", "patient": "1"}, {"slide": "a", "patient": "2"})
-    assert "row 3: a has two patients" in refused(capsys, raw, tmp_path / "new", "--patients", patients)
+    assert "line 3: a has two patients" in refused(capsys, raw, tmp_path / "new", "--patients", patients)
     write_csv(patients, {"slide": "a", "person": "1"})
-    assert "expected a header with the columns slide and patient" in refused(
+    assert "line 1: no column 'patient'; needed are slide, patient; the columns are slide, person" in refused(
         capsys, raw, tmp_path / "new", "--patients", patients
     )
 

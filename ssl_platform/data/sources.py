@@ -1,6 +1,5 @@
 """What ssl-pack can pack, as lists of items: a folder of images, a manifest of images or tiles, a large image."""
 
-import csv
 import logging
 import os
 import re
@@ -15,6 +14,7 @@ from PIL import Image
 
 from ssl_platform.data import dicom
 from ssl_platform.data.slides.reading import SlideTiles
+from ssl_platform.data.tables import read_rows, width_problem
 from ssl_platform.data.tars import shown
 from ssl_platform.modalities import _audio
 from ssl_platform.modalities._images import EXTENSIONS, decode_image
@@ -138,17 +138,7 @@ def manifest_items(manifest: Path, tiles: bool, splits: bool = False) -> list[It
     With `splits` the column split says which split a row is in. DICOM files without a group have their PatientID's.
     Raises ValueError with the numbers of the lines that are wrong.
     """
-    try:
-        with manifest.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file, delimiter=_MANIFESTS[manifest.suffix.lower()], strict=True)
-            rows = [(reader.line_num, row) for row in reader if row]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{manifest}: cannot be read as a table ({error}); save it as UTF-8") from error
-    except csv.Error as error:
-        fix = f"; a cell has more than {csv.field_size_limit():,} characters" if "limit" in str(error) else ""
-        raise ValueError(f"{manifest}: cannot be read as a table (line {reader.line_num}: {error}{fix})") from error
-    except OSError as error:
-        raise ValueError(f"{manifest}: cannot be read as a table ({error.strerror})") from error
+    rows = read_rows(manifest, _MANIFESTS[manifest.suffix.lower()])
     header = [name.strip() for name in rows[0][1]] if rows else []
     for name in ("path", "x", "y") if tiles else ("path",):
         if name not in header:
@@ -216,8 +206,7 @@ def _separator(manifest: Path, rows: Sequence[tuple[int, Sequence[str]]]) -> str
 
 def _row_problem(manifest: Path, header: Sequence[str], row: Sequence[str], tiles: bool, splits: bool) -> str | None:
     if len(row) != len(header):
-        fix = "; a cell that holds a comma or a tab must be quoted" if len(row) > len(header) else ""
-        return f"{len(row)} columns, but the header has {len(header)}{fix}"
+        return width_problem(row, header)
     values = dict(zip(header, row, strict=True))
     if not values["path"]:
         return "the path is empty"

@@ -15,8 +15,8 @@ mids such as /m/09x0r). The group is the video.
 """
 
 import argparse
-import csv
 import logging
+import math
 import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +24,8 @@ from typing import NamedTuple
 
 from ssl_platform.data.layouts import missing
 from ssl_platform.data.sources import Item, walk
+from ssl_platform.data.tables import read_rows, read_table
+from ssl_platform.data.tars import shown
 from ssl_platform.modalities._audio import EXTENSIONS, read_info
 
 logger = logging.getLogger(__name__)
@@ -100,20 +102,19 @@ def _is_whole_video(path: Path) -> bool:
 
 def _read_segments(table: Path, split: str) -> list[_Segment]:
     segments = []
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        for line, row in enumerate(csv.reader(file, skipinitialspace=True), start=1):
-            if not row or row[0].startswith("#"):
-                continue
-            try:
-                video, start, stop, labels = row
-                segment = _Segment(video, float(start), float(stop), tuple(labels.split(",")), split)
-            except ValueError:
-                raise ValueError(
-                    f'{table}: line {line}: expected YTID, start, stop in seconds, "/m/..,/m/..", not {row}'
-                ) from None
-            if not 0 <= segment.start < segment.stop:
-                raise ValueError(f"{table}: line {line}: a segment from {start} to {stop} seconds")
-            segments.append(segment)
+    for line, row in read_rows(table, skip_initial_space=True):
+        if row[0].startswith("#"):
+            continue
+        try:
+            video, start, stop, labels = row
+            segment = _Segment(video, float(start), float(stop), tuple(labels.split(",")), split)
+        except ValueError:
+            raise ValueError(
+                f'{table}: line {line}: expected YTID, start, stop in seconds, "/m/..,/m/..", not {shown(str(row))}'
+            ) from None
+        if not 0 <= segment.start < segment.stop < math.inf:
+            raise ValueError(f"{table}: line {line}: a segment from {start} to {stop} seconds")
+        segments.append(segment)
     return segments
 
 
@@ -121,12 +122,7 @@ def _class_names(table: Path) -> dict[str, str]:
     """{mid: name}; a name may hold commas, but not the separator."""
     if not table.is_file():
         return {}
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
-    try:
-        return {row["mid"]: row["display_name"].replace(";", ",") for row in rows}
-    except KeyError as error:
-        raise ValueError(f"{table}: no column {error}; expected index, mid, display_name") from error
+    return {row["mid"]: row["display_name"].replace(";", ",") for _, row in read_table(table, ("mid", "display_name"))}
 
 
 def _files(folder: Path, videos: set[str]) -> dict[str, list[tuple[Path, float | None]]]:

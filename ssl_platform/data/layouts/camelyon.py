@@ -18,7 +18,6 @@ The group is the patient (Camelyon16: the slide), the stored column center Camel
 """
 
 import argparse
-import csv
 import logging
 import re
 from pathlib import Path
@@ -28,6 +27,7 @@ from ssl_platform.data.commands.slides import add_slide_options, pack_slides
 from ssl_platform.data.layouts import keep_columns, missing, splits_as_asked
 from ssl_platform.data.slides.listing import SlideRow
 from ssl_platform.data.sources import walk
+from ssl_platform.data.tables import read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -157,12 +157,7 @@ def _slide_labels(found: _Found) -> dict[str, str]:
     """What the names and the tables say of slides: normal or tumor (Camelyon16), or a stage (Camelyon17)."""
     labels = {name: name.split("_")[0] for name in found.slides if name.startswith(("normal", "tumor"))}
     for table in found.tables:
-        try:
-            with table.open(encoding="utf-8-sig", newline="") as file:
-                rows = [(cells[0], cells[1] if len(cells) > 1 else "") for cells in csv.reader(file) if cells]
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{table}: cannot be read as a table ({error})") from error
-        for cell, text in rows:
+        for cell, text in ((cells[0], "".join(cells[1:2])) for _, cells in read_rows(table)):
             name, label = Path(cell.strip().lower()).stem, text.strip().lower()
             if not _SLIDE.fullmatch(name):  # the header, and the stages of patients
                 continue

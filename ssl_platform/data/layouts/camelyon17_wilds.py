@@ -11,11 +11,11 @@ tumor or normal, the group the patient, and the column center is stored.
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 from ssl_platform.data.layouts import missing
 from ssl_platform.data.sources import Item
+from ssl_platform.data.tables import read_rows
 
 COLUMNS = ("center", "wilds_split")
 _NEEDED = ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split")
@@ -32,13 +32,7 @@ def items(folder: Path, arguments: argparse.Namespace) -> list[Item]:
         if not there
     ]:
         raise missing(folder, lacking, "camelyon17-wilds")
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            rows = [(reader.line_num, row) for row in reader if row]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{table}: cannot be read as a table ({error})") from error
+    (_, header), *rows = read_rows(table) or [(0, [])]
     if absent := [name for name in _NEEDED if name not in header]:
         raise ValueError(f"{table}: no column {absent[0]}; the columns are {', '.join(header) or 'none'}")
     if not rows:

@@ -13,12 +13,14 @@ test. A clip that FileList.csv names and that is not there is left out and named
 """
 
 import argparse
-import csv
 import logging
+import math
 from pathlib import Path
 
 from ssl_platform.data.layouts import MAX_NAMED, missing
 from ssl_platform.data.sources import Item
+from ssl_platform.data.tables import read_table
+from ssl_platform.data.tars import shown
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +46,6 @@ def items(folder: Path, arguments: argparse.Namespace) -> list[Item]:
         columns = tuple((name, values[name]) for name in COLUMNS)
         path = folder / "Videos" / file
         found.append(Item(path, f"Videos/{file}", columns=columns, split=split, medium="video"))
-    if not found:
-        raise ValueError(f"{table}: no row below the header")
     _warn("clips of FileList.csv are not in Videos/", [item.path.name for item in found if not item.path.is_file()])
     _warn("names of VolumeTracings.csv are not in FileList.csv", sorted(traced.keys() - {i.path.name for i in found}))
     return found
@@ -65,20 +65,11 @@ def _traced_frames(table: Path) -> dict[str, list[str]]:
 
 
 def _rows(table: Path, columns: tuple[str, ...]) -> list[tuple[int, dict[str, str]]]:
-    """(line, cells) of a table that has these columns, and in each row a cell of each."""
-    rows = []
-    try:
-        with table.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            if lacking := [name for name in columns if name not in (reader.fieldnames or ())]:
-                raise ValueError(f"{table}: line 1: no column '{lacking[0]}'; expected {', '.join(columns)}")
-            for row in reader:
-                cells = {name: (row[name] or "").strip() for name in columns}
-                if not cells["FileName"] or Path(cells["FileName"]).name != cells["FileName"]:
-                    raise ValueError(f"{table}: line {reader.line_num}: FileName '{cells['FileName']}' is no file name")
-                rows.append((reader.line_num, cells))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{table}: cannot be read as a table ({error})") from error
+    """(line, cells) of a table that has these columns, each row naming a file."""
+    rows = read_table(table, columns)
+    for line, row in rows:
+        if not row["FileName"] or Path(row["FileName"]).name != row["FileName"]:
+            raise ValueError(f"{table}: line {line}: FileName '{shown(row['FileName'])}' is no file name")
     return rows
 
 
@@ -88,9 +79,11 @@ def _file(name: str) -> str:
 
 def _check_number(table: Path, line: int, name: str, text: str) -> None:
     try:
-        float(text)
+        is_number = math.isfinite(float(text))
     except ValueError:
-        raise ValueError(f"{table}: line {line}: {name} is '{text}', expected a number") from None
+        is_number = False
+    if not is_number:
+        raise ValueError(f"{table}: line {line}: {name} is '{shown(text)}', expected a number")
 
 
 def _warn(what: str, names: list[str]) -> None:

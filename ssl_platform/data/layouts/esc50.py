@@ -10,11 +10,11 @@ are a column and not splits: published scores are means over five runs, each tes
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 from ssl_platform.data.layouts import missing
 from ssl_platform.data.sources import Item
+from ssl_platform.data.tables import read_table
 
 COLUMNS = ("fold", "esc10")
 _NEEDED = ("filename", "fold", "category", "src_file")
@@ -26,17 +26,11 @@ def items(folder: Path, arguments: argparse.Namespace) -> list[Item]:
     table = root / "meta" / "esc50.csv"
     if lacking := [name for name in ("audio", "meta/esc50.csv") if not (root / name).exists()]:
         raise missing(root, lacking, "esc50")
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        rows = list(reader)
-    if absent := [name for name in _NEEDED if name not in (reader.fieldnames or ())]:
-        raise ValueError(f"{table}: no column {absent[0]}; expected {', '.join(_NEEDED)}")
-    if not rows:
-        raise ValueError(f"{table}: no row below the header")
-    for line, row in enumerate(rows, start=2):
+    rows = read_table(table, _NEEDED)
+    for line, row in rows:
         if not all(row[name] for name in _NEEDED):
             raise ValueError(f"{table}: line {line}: {', '.join(name for name in _NEEDED if not row[name])} is empty")
-    if absent := [f"audio/{row['filename']}" for row in rows if not (root / "audio" / row["filename"]).is_file()]:
+    if absent := [f"audio/{row['filename']}" for _, row in rows if not (root / "audio" / row["filename"]).is_file()]:
         raise missing(root, absent, "esc50")
     return [
         Item(
@@ -47,5 +41,5 @@ def items(folder: Path, arguments: argparse.Namespace) -> list[Item]:
             columns=tuple((name, row[name]) for name in COLUMNS if row.get(name)),
             medium="audio",
         )
-        for row in rows
+        for _, row in rows
     ]

@@ -10,11 +10,11 @@ folder without classes is packed without labels.
 """
 
 import argparse
-import csv
 from pathlib import Path
 
 from ssl_platform.data.layouts import missing
 from ssl_platform.data.sources import Item, folder_items
+from ssl_platform.data.tables import read_table
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
 
@@ -37,12 +37,11 @@ def items(folder: Path, arguments: argparse.Namespace) -> list[Item]:
 
 def _labelled(found: list[Item], solution: Path) -> list[Item]:
     """The images of val without folders get their class from Kaggle's table: "n01751748 111 108 ..." by ImageId."""
-    with solution.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    try:
-        classes = {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
-    except (KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"{solution}: expected the columns ImageId and PredictionString, a class first") from error
+    classes = {}
+    for line, row in read_table(solution, ("ImageId", "PredictionString")):
+        if not row["PredictionString"]:
+            raise ValueError(f"{solution}: line {line}: PredictionString is empty, expected a class first")
+        classes[row["ImageId"]] = row["PredictionString"].split()[0]
     if unknown := [
         item.name for item in found if item.label is None and item.split == "val" and item.path.stem not in classes
     ]:

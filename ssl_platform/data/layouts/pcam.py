@@ -11,7 +11,6 @@ Needs h5py: pip install 'ssl-platform[h5]'.
 """
 
 import argparse
-import csv
 import logging
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from ssl_platform.data.layouts import missing
 from ssl_platform.data.media import h5
 from ssl_platform.data.sources import Item
+from ssl_platform.data.tables import read_rows
 
 logger = logging.getLogger(__name__)
 
@@ -115,13 +115,7 @@ def _meta(path: Path, num_rows: int) -> _Meta | None:
     if not path.exists():
         logger.warning("%s: not there, so tiles have no group: those of one slide may be in several splits", path)
         return None
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            rows = [row for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path}: cannot be read as a table ({getattr(error, 'strerror', None) or error})") from error
+    header, *rows = [row for _, row in read_rows(path)] or [[]]
     if lacking := [name for name in _NEEDED if name not in header]:
         raise ValueError(f"{path}: no column {lacking[0]}; the columns are {', '.join(header)}")
     if len(rows) != num_rows or any(len(row) != len(header) for row in rows):

@@ -17,7 +17,6 @@ the same for the same file; materials and textures are not read.
 """
 
 import argparse
-import csv
 import json
 import logging
 import re
@@ -29,6 +28,7 @@ from ssl_platform.data.layouts import MAX_NAMED, missing
 from ssl_platform.data.media import points
 from ssl_platform.data.pack_options import count
 from ssl_platform.data.sources import Item
+from ssl_platform.data.tables import read_table
 
 logger = logging.getLogger(__name__)
 
@@ -100,11 +100,8 @@ def _clouds(folder: Path, chosen: str | None) -> list[Item]:
 
 def _with_splits(found: list[Item], table: Path) -> list[Item]:
     """The models that all.csv names, in its splits; those that it does not name are left out."""
-    with table.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if lacking := {"synsetId", "modelId", "split"} - set(reader.fieldnames or ()):
-            raise ValueError(f"{table}: line 1: no column '{min(lacking)}'; expected synsetId, modelId and split")
-        splits = {f"{(row['synsetId'] or '').zfill(8)}/{row['modelId']}": row["split"] for row in reader}
+    rows = read_table(table, ("synsetId", "modelId", "split"))
+    splits = {f"{row['synsetId'].zfill(8)}/{row['modelId']}": row["split"] for _, row in rows}
     keys = ["/".join(item.name.split("/")[:2]) for item in found]
     if unknown := [key for key in keys if not splits.get(key)]:
         logger.warning(

@@ -16,14 +16,18 @@ video.
 """
 
 import argparse
-import csv
+import logging
 import re
 from pathlib import Path
 from typing import Any
 
 from ssl_platform.data.layouts import missing
 from ssl_platform.data.sources import Item, walk
+from ssl_platform.data.tables import check_width, read_rows
+from ssl_platform.data.tars import shown
 from ssl_platform.modalities._audio import EXTENSIONS
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("session",)
 _EXTENSIONS = (*EXTENSIONS, "mp4")
@@ -54,7 +58,12 @@ def items(folder: Path, arguments: argparse.Namespace) -> list[Item]:
     ]
     if not found:
         raise missing(folder, ["wav/id10001/VIDEO/00001.wav", "dev/aac/id00012/VIDEO/00001.m4a"], "voxceleb")
-    if not all(item.split for item in found):  # some are in none: then there are none
+    without = [item.name for item in found if not item.split]
+    if without and len(without) < len(found):
+        logger.warning(
+            "%s: no splits, because %d of %d utterances are in none, such as %s: pack dev and test apart",
+            folder, len(without), len(found), shown(without[0]),
+        )  # fmt: skip
         found = [item._replace(split=None) for item in found]
     return sorted(found, key=lambda item: item.name)
 
@@ -89,17 +98,16 @@ def _speakers(folder: Path) -> dict[str, dict[str, str]]:
     for path in (folder / "vox1_meta.csv", folder / "vox2_meta.csv"):
         if not path.is_file():
             continue
-        text = path.read_text(encoding="utf-8-sig")
-        rows = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines(), delimiter=_separator(text))]
-        header = [name.lower() for name in rows[0]] if rows else []
+        rows = [(line, [cell.strip() for cell in row]) for line, row in read_rows(path, _separator(path))]
+        header = [name.lower() for name in rows[0][1]] if rows else []
         if "set" not in header or not header[0].endswith("id"):
             raise ValueError(f"{path}: expected the columns VoxCeleb1 ID, ..., Gender, Nationality, Set with a header")
-        for line, row in enumerate(rows[1:], start=2):
-            if len(row) != len(header):
-                raise ValueError(f"{path}: line {line}: {len(row)} columns, but the header has {len(header)}")
+        for line, row in rows[1:]:
+            check_width(path, line, row, header)
             about[row[0]] = dict(zip(header[1:], row[1:], strict=True))
     return about
 
 
-def _separator(text: str) -> str:
-    return "\t" if "\t" in text.split("\n", 1)[0] else ","
+def _separator(path: Path) -> str:
+    with path.open("rb") as file:
+        return "\t" if b"\t" in file.readline(1 << 16) else ","

@@ -1,6 +1,5 @@
 """Which slides there are: a folder of them or a table, with what is known of each."""
 
-import csv
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import NamedTuple, TypeVar
 from ssl_platform.data.identity import Names
 from ssl_platform.data.slides.reading import EXTENSIONS, open_slide
 from ssl_platform.data.sources import is_manifest, manifest_items, walk
+from ssl_platform.data.tables import read_table
 
 Given = TypeVar("Given", Path, str)
 
@@ -127,22 +127,14 @@ def keyed(rows: Sequence[SlideRow], names: Names) -> list[SlideRow]:
 
 def with_patients(rows: Sequence[SlideRow], patients: Path) -> list[SlideRow]:
     """The slides with the groups of a CSV with the columns slide (name, or name without its ending) and patient."""
-    try:
-        with patients.open(encoding="utf-8-sig", newline="") as file:
-            table = list(csv.DictReader(file, delimiter="\t" if patients.suffix.lower() in (".tsv", ".tab") else ","))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(
-            f"{patients}: cannot be read as a table ({getattr(error, 'strerror', None) or error})"
-        ) from error
-    if not table or not {"slide", "patient"} <= table[0].keys():
-        raise ValueError(f"{patients}: expected a header with the columns slide and patient, and rows below it")
     given: dict[str, str] = {}
-    for number, line in enumerate(table, start=2):
-        slide, patient = ((line[name] or "").strip() for name in ("slide", "patient"))
+    separator = "\t" if patients.suffix.lower() in (".tsv", ".tab") else ","
+    for line, row in read_table(patients, ("slide", "patient"), separator):
+        slide, patient = row["slide"], row["patient"]
         if not slide or not patient:
-            raise ValueError(f"{patients}: row {number}: slide or patient is empty")
+            raise ValueError(f"{patients}: line {line}: slide or patient is empty")
         if given.setdefault(slide, patient) != patient:
-            raise ValueError(f"{patients}: row {number}: {slide} has two patients")
+            raise ValueError(f"{patients}: line {line}: {slide} has two patients")
     found = [_named(row, given) for row in rows]
     if missing := [row.name for row, patient in zip(rows, found, strict=True) if patient is None]:
         raise ValueError(
