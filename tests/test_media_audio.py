@@ -13,11 +13,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from ssl_platform.data.index import Index
 from ssl_platform.data.media import Options
 from ssl_platform.data.media.audio import FBANK, load, spectrogram
 from ssl_platform.data.pack import main
+from ssl_platform.data.sound_files import clean_sound, suffix_crcs
 from ssl_platform.data.sources import Item
 from ssl_platform.modalities import image
 from ssl_platform.modalities._audio import decode_audio, read_info, resample
@@ -266,3 +269,39 @@ def test_without_the_packages_nothing_is_begun(
     assert main([str(tmp_path / "in"), str(tmp_path / "out")]) == 2
     assert capsys.readouterr().err == "ssl-pack: sound needs the package av: pip install 'ssl-platform[audio]'\n"
     assert not (tmp_path / "out").exists()
+
+
+def crc16(data: bytes) -> int:
+    """As FLAC's format says it: polynomial 0x8005, highest bit first, begun with 0."""
+    crc = 0
+    for byte in data:
+        crc ^= byte << 8
+        for _ in range(8):
+            crc = (crc << 1) ^ 0x18005 if crc & 0x8000 else crc << 1
+    return crc
+
+
+@given(st.binary(max_size=40))
+def test_check_sums_of_all_that_follows(data: bytes) -> None:
+    found = suffix_crcs(np.frombuffer(data, np.uint8))
+    assert found.tolist() == [crc16(data[place:]) for place in range(len(data))]
+
+
+def test_check_sums_far_from_the_end() -> None:
+    """Powers of x come again after 32,767."""
+    data = np.random.default_rng(0).integers(0, 256, 70_000, np.uint8)
+    found = suffix_crcs(data)
+    assert [int(found[place]) for place in (0, 1, 29_000, 65_000)] == [
+        crc16(data[place:].tobytes()) for place in (0, 1, 29_000, 65_000)
+    ]
+
+
+@pytest.mark.parametrize(
+    "junk", [b"TAG" + bytes(125), b"\xff\xf8" * 10_000, b"JaneDoe"], ids=["ID3v1", "sync codes", "name"]
+)
+def test_junk_behind_the_last_frame_of_a_flac_is_not_kept(junk: bytes, tmp_path: Path) -> None:
+    data = flac()
+    assert clean_sound(data + junk, "flac") is None and clean_sound(data, "flac") is not None
+    content = loaded(tmp_path / "a.flac", data + junk)
+    assert content.extension == "flac" and not content.data.endswith(junk)
+    np.testing.assert_array_equal(decode_audio(content.data).samples, decode_audio(data).samples)
