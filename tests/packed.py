@@ -14,6 +14,7 @@ from ssl_platform.data.index import Index
 from ssl_platform.data.pack import main
 from ssl_platform.data.reading import ShardReader
 from ssl_platform.data.tars import Record
+from ssl_platform.modalities._images import decode_image
 
 Members = Mapping[str, bytes]
 
@@ -59,3 +60,12 @@ def records(*paths: Path) -> list[Record]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def packed_images(folder: Path) -> list[tuple[dict[str, Any], np.ndarray[Any, Any]]]:
+    """(json, pixels (C, H, W)) of each sample, in the order of the shards."""
+    found = []
+    for record in records(folder):
+        (extension,) = set(record.members) - {"json", "cls"}
+        found.append((json.loads(record.members["json"]), decode_image(record.members[extension], extension).numpy()))
+    return found

@@ -15,9 +15,8 @@ import pytest
 from ssl_platform.data.index import Index
 from ssl_platform.data.layouts import kather100k
 from ssl_platform.data.pack import main
-from ssl_platform.data.reading import ShardReader
 from ssl_platform.data.slides.regions import read_regions
-from ssl_platform.modalities._images import decode_image
+from tests.packed import packed_images
 from tests.test_layouts import image, labels
 from tests.whole_slides import pyramid, section, write_tiff
 
@@ -32,17 +31,6 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     error = capsys.readouterr().err
     assert "Traceback" not in error and not Path(str(arguments[2]), "index.json").exists()
     return error
-
-
-def samples(folder: Path) -> list[tuple[dict[str, Any], np.ndarray]]:
-    """(json, pixels (C, H, W)) of each sample, in the order of the shards."""
-    reader = ShardReader(Index.open(folder), cache_shards=4)
-    found = []
-    for sample in range(len(reader.index)):
-        members = reader.read(sample).members
-        (extension,) = set(members) - {"json", "cls"}
-        found.append((json.loads(members["json"]), decode_image(members[extension], extension).numpy()))
-    return found
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -77,7 +65,7 @@ def test_pcam(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert labels(tmp_path / "out" / "test") == {"normal": 3, "tumor": 2}
     assert len(Index.open(tmp_path / "out" / "train").group_names) == 3, "four tiles of each slide"
     for split, of_split in tiles.items():
-        packed = samples(tmp_path / "out" / split)
+        packed = packed_images(tmp_path / "out" / split)
         assert len(packed) == len(of_split)
         for about, pixels in packed:
             (row,) = np.flatnonzero((of_split.transpose(0, 3, 1, 2) == pixels).all((1, 2, 3)))
@@ -96,9 +84,9 @@ def test_pcam_by_several_processes(tmp_path: Path) -> None:
         assert pack("pcam", tmp_path / "data", tmp_path / out, *options) == 0
     one, three = tmp_path / "one" / "train", tmp_path / "three" / "train"
     assert contents(one) == contents(three) and len(contents(one)) > 8
-    paths = {about["path"] for about, _ in samples(one)}
+    paths = {about["path"] for about, _ in packed_images(one)}
     assert paths == {f"camelyonpatch_level_2_split_train_x.h5/x/{row}" for row in range(40)}
-    assert {about["coord_x"] for about, _ in samples(one)} == {str(20 * row) for row in range(40)}
+    assert {about["coord_x"] for about, _ in packed_images(one)} == {str(20 * row) for row in range(40)}
 
 
 def test_pcam_without_meta(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -233,7 +221,7 @@ def test_camelyon17_wilds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         data, [("004", 1, 0, 0), ("004", 0, 0, 1), ("020", 1, 1, 0), ("9", 0, 0, 0), ("042", 0, 2, 0), ("042", 1, 2, 1)]
     )
     assert pack("camelyon17-wilds", data, tmp_path / "out") == 0
-    found = {split: samples(tmp_path / "out" / split) for split in ("train", "val", "test")}
+    found = {split: packed_images(tmp_path / "out" / split) for split in ("train", "val", "test")}
     assert {split: len(tiles) for split, tiles in found.items()} == {"train": 3, "val": 1, "test": 2}
     assert sorted((about["label"], about["center"], about["wilds_split"]) for about, _ in found["train"]) == [
         ("normal", "0", "0"), ("normal", "0", "1"), ("tumor", "0", "0"),
@@ -325,7 +313,7 @@ def camelyon16(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def by_slide_label(folder: Path) -> dict[str, set[str | None]]:
     """Which labels the tiles of slides with each label have."""
     found: dict[str, set[str | None]] = {}
-    for about, _ in samples(folder):
+    for about, _ in packed_images(folder):
         found.setdefault(about["slide_label"], set()).add(about["label"])
     return found
 
@@ -339,7 +327,7 @@ def test_camelyon16(camelyon16: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     for split in ("train", "test"):
         out = tmp_path / "out" / split
         assert by_slide_label(out) == {"normal": {"normal"}, "tumor": {"tumor", None}}
-        for about, _ in samples(out):
+        for about, _ in packed_images(out):
             if about["slide_label"] == "tumor":
                 assert about["label"] == ("tumor" if about["y"] + SIDE <= SIZE // 2 else None)
         assert len(Index.open(out).group_names) == 2, "a slide is a group"
@@ -392,12 +380,12 @@ def test_camelyon17(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "itc": {None},
         "macro": {"tumor", None},
     }
-    train = samples(tmp_path / "out" / "train")
+    train = packed_images(tmp_path / "out" / "train")
     assert {(about["slide_label"], about["center"]) for about, _ in train} == {
         ("negative", "0"), ("itc", "0"), ("macro", "1"),
     }  # fmt: skip
     assert len(Index.open(tmp_path / "out" / "train").group_names) == 2, "nodes of a patient"
-    (about, _), *_ = samples(tmp_path / "out" / "test")
+    (about, _), *_ = packed_images(tmp_path / "out" / "test")
     assert about["label"] is None and "center" not in about
     table.write_text("patient,stage\npatient_000_node_0.tif,pN0\n")
     message = refused(capsys, "camelyon", data, tmp_path / "bad", *TILES)

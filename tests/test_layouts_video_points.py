@@ -231,3 +231,32 @@ def test_verify_and_inspect_decode_them(tmp_path: Path, capsys: pytest.CaptureFi
     capsys.readouterr()
     assert main(["verify", str(clips)]) == 1
     assert "cannot be decoded" in capsys.readouterr().out
+
+
+def test_names_are_nowhere_but_in_the_look_up(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Paths and metadata full of names: neither shards, index, plan, log, report nor what is drawn holds one."""
+    clips = tmp_path / "JaneDoe" / "clips"
+    write(
+        clips / "FileList.csv",
+        HEADER + "JaneDoe1,55.5,20,45,112,112,50,6,TRAIN\nJaneDoe2,50,20,45,112,112,50,6,TRAIN\n",
+    )
+    write(clips / "VolumeTracings.csv", "FileName,X1,Y1,X2,Y2,Frame\nJaneDoe1.avi,1,2,3,4,1\n")
+    for number in (1, 2):
+        write_clip(clips / "Videos" / f"JaneDoe{number}.avi", frames(4, number))
+    clouds = tmp_path / "JaneDoe" / "clouds"
+    for number in (1, 2):
+        comment = "OFF\n# scanned from Jane Doe by Dr Smith"
+        write(clouds / "sofa" / "train" / f"JaneDoe{number}.off", OFF.replace("OFF", comment))
+    names = (*NAMES, b"JaneDoe", b"Jane")
+    for command, folder in (("echonet-dynamic", clips), ("modelnet40", clouds)):
+        out, report = tmp_path / f"out-{command}", tmp_path / f"report-{command}"
+        capsys.readouterr()
+        assert main([command, str(folder), str(out), "--without-splits"]) == 0
+        assert main(["verify", str(out)]) == 0
+        assert main(["inspect", str(out), "--out", str(report)]) == 0
+        said = "".join(capsys.readouterr()).replace("\n", "").encode()
+        assert not [name for name in names if name in said]
+        files = [path for place in (out, report) for path in place.rglob("*") if path.is_file()]
+        assert {path.name for path in files} >= {"shard-000000.tar", "index.json", "pack.json", "inspect.html"}
+        assert not [(path.name, name) for path in files for name in names if name in path.read_bytes()]
+        assert b"JaneDoe1" in (tmp_path / f"out-{command}.lookup" / "lookup.csv").read_bytes()

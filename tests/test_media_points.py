@@ -114,6 +114,12 @@ def test_clouds_are_taken_as_they_are(name: str, text: str, shape: tuple[int, in
         np.testing.assert_array_equal(cloud[:, 3:], [[0, 0, 1], [0, 1, 0]])
 
 
+def test_an_offset_that_float32_holds_is_no_error(tmp_path: Path) -> None:
+    for text in ("1000 0 0\n1001 0 0\n", "5 5 5\n", "7 7 7\n7 7 7\n"):
+        (tmp_path / "a.xyz").write_text(text)
+        assert stored(load(tmp_path / "a.xyz"))[0, 0] == float(text.split()[0])
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float16", ">f4", "int32"])
 def test_arrays(dtype: str, tmp_path: Path) -> None:
     array = np.asfortranarray(np.arange(12).reshape(4, 3).astype(dtype))
@@ -143,6 +149,16 @@ def test_arrays(dtype: str, tmp_path: Path) -> None:
         ("a.xyz", "0 0 0\n1 1\n", "not rows of numbers: the number of columns changed"),
         ("a.xyz", "0 0 nan\n1 1 1\n", "1 of 2 points are not finite"),
         ("a.xyz", "0 0\n", "rows of 2 numbers"),
+        (
+            "a.xyz",
+            "5e6 5e6 0\n5000000.02 5e6 0.01\n",
+            "coordinates up to 5e+06 of a shape of 0.02: float32 would round",
+        ),
+        (
+            "a.off",
+            "OFF\n3 1 0\n1e9 0 0\n1000000001 0 0\n1e9 1 0\n3 0 1 2\n",
+            "subtract the same offset from all points",
+        ),
         ("a.xyz", "# nothing\n", "holds no point"),
         ("a.pts", "3\n0 0 0\n1 1 1\n", "2 points, but its first line says 3"),
         ("a.npy", b"hello there", "magic string"),

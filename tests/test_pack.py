@@ -175,7 +175,7 @@ def test_values_that_are_not_finite_are_left_out(
 
     monkeypatch.setattr("ssl_platform.data.media.image.load", load)
     assert pack(photos, tmp_path / "out", "--allow-bad") == 0
-    assert capsys.readouterr().err.count("holds values that are no finite numbers (NaN or infinity)") == 2
+    assert capsys.readouterr().err.count("has values that are no finite numbers (NaN, infinity, or so large") == 2
     index = Index.open(tmp_path / "out")
     assert len(index) == 10 and index.statistics is not None and index.statistics["mean"] == [0.25]
     assert index.statistics["percentiles"]["50"] == pytest.approx([0.25], rel=0.01)
@@ -378,7 +378,7 @@ def test_nothing_to_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert not out.exists()
     (tmp_path / "empty" / "a.png").write_text("text")
     message = refused(capsys, tmp_path / "empty", out)
-    assert "nothing to pack: of 1 inputs 1 cannot be used (named above) and 0 have less than min_tissue 0.0" in message
+    assert "nothing to pack: of 1 inputs 1 cannot be used (named above)" in message and "min_tissue" not in message
     assert "INPUT and OUT are needed" in refused(capsys, tmp_path / "empty")
     assert "no tar in this folder" in refused(capsys, "--index", tmp_path / "empty")
 

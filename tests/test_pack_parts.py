@@ -303,7 +303,7 @@ def test_splits_are_folders_of_their_own(photos: Path, tmp_path: Path, capsys: p
     assert contents(out) == whole
     assert "no sample has a group" not in capsys.readouterr().err
     assert pack(photos, tmp_path / "alone", "--split", "train=0.7", "val=.3") == 0
-    assert "no sample has a group: whoever is in several images may be in several splits" in capsys.readouterr().err
+    assert "no sample has a group: whoever is in several samples may be in several splits" in capsys.readouterr().err
 
 
 def test_other_splits_or_none_are_refused(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -471,3 +471,19 @@ def test_settings_hold_no_name_of_the_input(photos: Path, tmp_path: Path) -> Non
     assert settings.keys() == {
         "tile", "labels", "groups", "min_tissue", "samples_per_shard", "seed", "num_shards", "items", "names",
     }  # fmt: skip
+
+
+def test_a_split_of_bad_files_takes_nothing_from_the_others(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = ["path,split"]
+    for number, split in enumerate(["train", "bad", "train", "test", "bad"]):
+        save(tmp_path / f"{number}.png", number)
+        if split == "bad":
+            (tmp_path / f"{number}.png").write_bytes(b"no image")
+        rows.append(f"{number}.png,{split}")
+    (tmp_path / "table.csv").write_text("\n".join(rows))
+    out = tmp_path / "out"
+    assert main([str(tmp_path / "table.csv"), str(out), "--split", "column"]) == 2
+    message = capsys.readouterr().err
+    assert f"{out / 'bad'}: nothing to pack: of 2 inputs 2 cannot be used (named above)" in message
+    assert message.splitlines()[-1].startswith("packed: ") and str(out / "train") in message.splitlines()[-1]
+    assert (len(Index.open(out / "train")), len(Index.open(out / "test"))) == (2, 1)

@@ -26,8 +26,8 @@ from ssl_platform.data.slides import reading, tiles
 from ssl_platform.data.slides.listing import SlideRow
 from ssl_platform.data.slides.tiling import Options, SlidePlan, grid, plan_slide
 from ssl_platform.modalities import pathology
-from ssl_platform.modalities._images import decode_image
 from ssl_platform.views import Batch
+from tests.packed import packed_images
 from tests.whole_slides import LABEL_COLOUR, disk_share, pyramid, section, write_dicom, write_svs, write_tiff
 
 ROOT = Path(__file__).parents[1]
@@ -49,13 +49,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 def samples(folder: Path) -> list[tuple[dict[str, Any], np.ndarray]]:
     """(json, pixels (C, H, W)) of each sample, by slide and place."""
-    reader = ShardReader(Index.open(folder), cache_shards=4)
-    found = []
-    for sample in range(len(reader.index)):
-        members = reader.read(sample).members
-        (extension,) = set(members) - {"json", "cls"}
-        found.append((json.loads(members["json"]), decode_image(members[extension], extension).numpy()))
-    return sorted(found, key=lambda item: (item[0]["slide"], item[0]["y"], item[0]["x"]))
+    return sorted(packed_images(folder), key=lambda item: (item[0]["slide"], item[0]["y"], item[0]["x"]))
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:

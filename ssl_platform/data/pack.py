@@ -1,4 +1,4 @@
-"""ssl-pack: turns images into WebDataset tar shards with an index, ready for ssl-train.
+"""ssl-pack: turns images or sound into WebDataset tar shards with an index, ready for ssl-train.
 
 ssl-pack photos shards --labels folder
 """
@@ -20,8 +20,8 @@ _MOST_LABELS = 50
 """So many are written out when a folder is described."""
 
 DESCRIPTION = """\
-Packs images into WebDataset tar shards with an index of their labels, groups and channel statistics, for ssl-train and
-ssl-eval. Any WebDataset tool can read the tars. INPUT is
+Packs images or sound into WebDataset tar shards with an index of their labels, groups and channel statistics, for
+ssl-train and ssl-eval. Any WebDataset tool can read the tars. INPUT is
 
   a folder                all images, or all sound files, in it and below it;
   a .csv or .tsv file     a table with a header: path (relative to the table), and optionally label, group (patient,
@@ -30,7 +30,7 @@ ssl-eval. Any WebDataset tool can read the tars. INPUT is
                           left pixel in the columns x and y.
 
 The same input, options, seed and salt give the same bytes. A run that was cut off goes on when the same command is given
-again; shards whose inputs are newer are made anew. Images that cannot be decoded are named, left out, and make the exit
+again; shards whose inputs are newer are made anew. Files that cannot be decoded are named, left out, and make the exit
 status 1.
 
 Shards name nobody: keys and groups are salted hashes, files lose their metadata (pixels stay as they are), DICOM keeps

@@ -33,6 +33,10 @@ from ssl_platform.data.work_progress import WorkProgress
 logger = logging.getLogger(__name__)
 
 
+class NothingToPack(ValueError):
+    """Not one input of a folder can be used."""
+
+
 class Packed(NamedTuple):
     """What is in one folder now."""
 
@@ -79,7 +83,7 @@ def pack(
     samples = numbered(items, names, keep_columns)
     divided = assign_splits(samples, splits, seed)
     if splits is not None and all(item.group is None for item in items):
-        logger.warning("no sample has a group: whoever is in several images may be in several splits")
+        logger.warning("no sample has a group: whoever is in several samples may be in several splits")
     plans = [
         make_plan(
             out / split,
@@ -98,7 +102,16 @@ def pack(
     check_room(out, to_do, ignore_room)
     if not names.are_plain:
         write_lookup(out, items, names, divided)
-    return [_pack_folder(plan, part, workers, overwrite) for plan in plans]
+    packed, empty = [], []
+    for plan in plans:  # one split of bad files takes nothing from the others
+        try:
+            packed.append(_pack_folder(plan, part, workers, overwrite))
+        except NothingToPack as error:
+            empty.append(str(error))
+    if empty:
+        others = [str(one.folder) for one in packed]
+        raise ValueError("\n".join(empty) + f"\npacked: {', '.join(others)}" * bool(others))
+    return packed
 
 
 def _split_names(items: Sequence[Item], splits: Splits) -> set[str]:
@@ -184,14 +197,15 @@ def _finish(plan: Plan, shards: Mapping[str, Shard], scans: Mapping[str, ShardSc
     without_tissue = sum(shard.without_tissue for shard in every)
     dropped = dict(sum((Counter(shard.dropped) for shard in every), Counter[str]()))
     if not any(shard.samples for shard in every):
-        raise ValueError(
+        raise NothingToPack(
             f"{plan.folder}: nothing to pack: of {sum(len(job.samples) for job in plan.jobs)} inputs {len(left_out)} cannot "
-            f"be used (named above) and {without_tissue} have less than min_tissue {plan.settings['min_tissue']}"
+            "be used (named above)"
+            + f" and {without_tissue} have less than min_tissue {plan.settings['min_tissue']}" * bool(without_tissue)
             + "".join(f", {number} are {check}" for check, number in dropped.items())
         )
     channels = sorted({int(channels) for shard in every for channels in shard.pixels})
     if len(channels) > 1:
-        logger.warning("the images have %s channels, so there is no mean and std", " and ".join(map(str, channels)))
+        logger.warning("the samples have %s channels, so there is no mean and std", " and ".join(map(str, channels)))
     others = [job.path for job in plan.jobs if job.path.name not in scans]
     about, rows = describe(
         {**scans, **{path.name: scan for path, scan in parallel(scan_shard, others, workers)}},

@@ -154,7 +154,7 @@ def _load(item: Item, options: Options) -> Content:
     content = medium(item.medium).load(item, options)
     values = content.values
     if values is not None and values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ValueError("holds values that are no finite numbers (NaN or infinity)")
+        raise ValueError("has values that are no finite numbers (NaN, infinity, or so large that they become it)")
     return content
 
 

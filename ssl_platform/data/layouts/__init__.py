@@ -75,6 +75,20 @@ class LayoutCommand:
         return report(pack_as_asked(items, arguments.out, asked, arguments), arguments.allow_bad)
 
 
+def add_num_points(parser: Any) -> None:
+    """The option of layouts that hold meshes."""
+    from ssl_platform.data.media.points import NUM_POINTS
+    from ssl_platform.data.pack_options import count
+
+    parser.add_argument(
+        "--points",
+        metavar="N",
+        type=count,
+        default=NUM_POINTS,
+        help=f"drawn from the surface of a mesh; default {NUM_POINTS}",
+    )
+
+
 def splits_as_asked(rows: Sequence[Row], arguments: argparse.Namespace, layout: str) -> list[Row]:
     """The items or slides with the splits of their data set, or without if other splits or none are asked for."""
     if arguments.without_splits and arguments.split is not None:

@@ -17,22 +17,15 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ssl_platform.data.layouts import missing
+from ssl_platform.data.layouts import add_num_points, missing
 from ssl_platform.data.media import points
-from ssl_platform.data.pack_options import count
 from ssl_platform.data.sources import Item
 
 _SPLITS = ("train", "test")
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument(
-        "--points",
-        metavar="N",
-        type=count,
-        default=points.NUM_POINTS,
-        help=f"drawn from the surface of a mesh; default {points.NUM_POINTS}",
-    )
+    add_num_points(parser)
 
 
 def settings(arguments: argparse.Namespace) -> dict[str, Any]:

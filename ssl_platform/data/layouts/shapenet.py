@@ -24,9 +24,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ssl_platform.data.layouts import MAX_NAMED, missing
+from ssl_platform.data.layouts import MAX_NAMED, add_num_points, missing
 from ssl_platform.data.media import points
-from ssl_platform.data.pack_options import count
 from ssl_platform.data.sources import Item
 from ssl_platform.data.tables import read_table
 
@@ -38,13 +37,7 @@ _DEFAULT_LIST = "ShapeNet-55"
 
 
 def add_arguments(parser: Any) -> None:
-    parser.add_argument(
-        "--points",
-        metavar="N",
-        type=count,
-        default=points.NUM_POINTS,
-        help=f"drawn from the surface of a mesh; default {points.NUM_POINTS}",
-    )
+    add_num_points(parser)
     parser.add_argument(
         "--list", metavar="NAME", help=f"folder with train.txt and test.txt; default {_DEFAULT_LIST}, or the only one"
     )

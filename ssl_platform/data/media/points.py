@@ -21,6 +21,8 @@ NUM_POINTS = 8192
 MAX_BYTES = 2**30
 MAX_FACES = 50_000_000
 """Of the whole scene: a glb may show one mesh thousands of times."""
+_MAX_ROUNDING = 1e-4
+"""Of the shape's largest extent. Coordinates of maps, millions of metres, leave no shape in float32."""
 _UNIT_SHARE = 0.9
 """Columns 4 to 6 are normals if so many of them have length 1 (within 5 %); else they are colours, and stay out."""
 
@@ -128,13 +130,22 @@ def _with_normals(table: NDArray[Any]) -> Points:
     with np.errstate(over="ignore", invalid="ignore"):
         lengths = np.linalg.norm(table[:, 3:6].astype(np.float64), axis=1) if table.shape[1] >= 6 else np.zeros(1)
         has_normals = (np.abs(lengths - 1) < 0.05).mean() >= _UNIT_SHARE
-        points = np.ascontiguousarray(table[:, : 6 if has_normals else 3], dtype=np.float32)
-    return _checked(points)
+    return _as_stored(table[:, : 6 if has_normals else 3])
 
 
-def _checked(points: Points) -> Points:
+def _as_stored(table: NDArray[Any]) -> Points:
+    """float32; raises ValueError if that cannot hold the points, or not tell apart what makes their shape."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        points = np.ascontiguousarray(table, dtype=np.float32)
     if bad := int((~np.isfinite(points).all(axis=1)).sum()):
         raise ValueError(f"{bad} of {len(points)} points are not finite (nan, inf, or above 3.4e38)")
+    coordinates = table[:, :3].astype(np.float64)
+    largest, extent = float(np.abs(coordinates).max()), float(np.ptp(coordinates, axis=0).max())
+    if extent > 0 and largest * 2.0**-24 > _MAX_ROUNDING * extent:
+        raise ValueError(
+            f"coordinates up to {largest:g} of a shape of {extent:g}: float32 would round its points by more than "
+            f"{_MAX_ROUNDING:g} of it; subtract the same offset from all points first"
+        )
     return points
 
 
@@ -157,8 +168,8 @@ def _from_mesh(data: bytes, extension: str, num_points: int) -> tuple[Points, di
         raise ValueError("a corner of a face is not finite (nan or inf)")
     seed = int.from_bytes(hashlib.blake2b(data, digest_size=16).digest(), "little")
     with np.errstate(over="ignore"):
-        points = sample_surface(corners, num_points, np.random.default_rng(seed)).astype(np.float32)
-    return _checked(points), {"num_faces": len(faces)}
+        points = sample_surface(corners, num_points, np.random.default_rng(seed))
+    return _as_stored(points), {"num_faces": len(faces)}
 
 
 def sample_surface(corners: NDArray[np.float64], num_points: int, rng: np.random.Generator) -> NDArray[np.float64]:
