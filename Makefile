@@ -26,8 +26,8 @@ lint: $(DEVELOPMENT)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+test: lint # two processes of one thread each: with more, they take turns on the cores of a small machine
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 test-slow: $(DEVELOPMENT)
 	$(BIN)/python -m pytest -m slow -rs
