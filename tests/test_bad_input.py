@@ -632,6 +632,7 @@ def test_damaged_files(tmp_path: Path, fuzz: Callable[[Path, st.DataObject], Non
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # of 5,000 examples, some of which pack twice
 @pytest.mark.parametrize("fuzz", FUZZED)
 @settings(max_examples=5000, deadline=None, suppress_health_check=QUIET)
 @given(data=st.data())

@@ -82,11 +82,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
+class _Parser(argparse.ArgumentParser):
+    def format_help(self) -> str:
+        """With a line for each command and layout, whose files are read only now: runs that need no help do without."""
+        self.epilog = EXAMPLES + "\n" + commands.summaries()
+        return super().format_help()
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="ssl-pack",
         description=DESCRIPTION,
-        epilog=EXAMPLES + "\n" + commands.summaries(),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
