@@ -11,6 +11,11 @@ settings.register_profile("any machine", deadline=None)  # a busy one is no fail
 settings.load_profile("any machine")
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes are named by their argument: a file written at collection may hold the time, and ids must agree across processes."""
+    return argname if isinstance(val, bytes) else None
+
+
 @pytest.fixture(autouse=True)
 def logger_as_it_was() -> Iterator[None]:
     """The commands set up the package's logger; later tests capture from it."""
