@@ -12,7 +12,7 @@ settings.load_profile("any machine")
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
-    """Bytes are named by their argument: a file written at collection may hold the time, and ids must agree across processes."""
+    """Bytes are named by their argument: files made at collection may hold the time, and ids must agree in all processes."""
     return argname if isinstance(val, bytes) else None
 
 

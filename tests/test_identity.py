@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 
 from ssl_platform.data.identity import PLAIN, Names, lookup_folder, numbered, own_salt, salted
 from ssl_platform.data.index import Index
+from ssl_platform.data.items import Item
 from ssl_platform.data.pack import main
 from ssl_platform.data.reading import ShardReader
-from ssl_platform.data.sources import Item
 from ssl_platform.train import main as train
 from tests import test_image_metadata as files
 

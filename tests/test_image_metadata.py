@@ -20,10 +20,11 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, generate_uid
 
 from ssl_platform.data.dicom import read_dicom
+from ssl_platform.data.items import Item
 from ssl_platform.data.media import Options
 from ssl_platform.data.media.image import load
 from ssl_platform.data.metadata import without_metadata
-from ssl_platform.data.sources import Item, folder_items, manifest_items
+from ssl_platform.data.sources import folder_items, manifest_items
 from ssl_platform.modalities._images import decode_image
 
 NAME = "Mustermann"
@@ -330,7 +331,7 @@ def test_the_group_of_a_dicom_file_is_its_patient(tmp_path: Path) -> None:
     (tmp_path / "b.DCM").write_bytes(dicom(STORED, PatientID=""))
     (tmp_path / "c.dcm").write_bytes(b"no DICOM")
     (tmp_path / "IM0001").write_bytes(dicom(STORED, PatientID="18"))
-    assert [item.group for item in folder_items(tmp_path, labels=False)] == ["17", None, None]
+    assert [item.group for item in folder_items(tmp_path, labels=False)] == ["18", "17", None, None]
     table = tmp_path / "table.csv"
     table.write_text("path,group\na.dcm,\nIM0001,\na.dcm,given\n")
     assert [item.group for item in manifest_items(table, tiles=False)] == ["17", "18", "given"]

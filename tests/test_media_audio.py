@@ -17,11 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ssl_platform.data.index import Index
+from ssl_platform.data.items import Item
 from ssl_platform.data.media import Options
 from ssl_platform.data.media.audio import FBANK, load, spectrogram
 from ssl_platform.data.pack import main
 from ssl_platform.data.sound_files import clean_sound, suffix_crcs
-from ssl_platform.data.sources import Item
 from ssl_platform.modalities import image
 from ssl_platform.modalities._audio import decode_audio, read_info, resample
 from tests.test_audio_reading import RATE, aac, tone, written
@@ -219,10 +219,10 @@ def test_images_and_sound_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFi
     (tmp_path / "a.wav").write_bytes(written("WAV"))
     (tmp_path / "a.png").write_bytes(b"")
     assert main([str(tmp_path), str(tmp_path / "out")]) == 2
-    assert "holds images and sound (a.png, a.wav); pack them apart" in capsys.readouterr().err
+    assert "holds sound files (a.wav) and images (a.png); pack them apart" in capsys.readouterr().err
     (tmp_path / "table.csv").write_text("path,label\na.wav,one\n")
     assert main([str(tmp_path / "table.csv"), str(tmp_path / "out"), "--min-tissue", "0.5"]) == 2
-    assert "--min-tissue: is for images, and this is sound" in capsys.readouterr().err
+    assert f"--min-tissue: is for images, and {tmp_path / 'table.csv'} holds sound files" in capsys.readouterr().err
     assert main([str(tmp_path / "table.csv"), str(tmp_path / "out")]) == 0
 
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from ssl_platform.data.items import Item
 from ssl_platform.data.media import Content, Options, points
-from ssl_platform.data.sources import Item
 
 CORNERS = np.array([[x, y, z] for x in (0, 1) for y in (0, 2) for z in (0, 3)])
 _SIDES = [[0, 1, 3, 2], [4, 6, 7, 5], [0, 4, 5, 1], [2, 3, 7, 6], [0, 2, 6, 4], [1, 5, 7, 3]]
@@ -232,8 +232,8 @@ def test_clouds_are_told_from_images() -> None:
     def is_cloud(shape: tuple[int, ...], dtype: str) -> bool:
         file = io.BytesIO()
         np.save(file, np.zeros(shape, dtype))
-        return points.is_cloud(file.getvalue())
+        return points.recognises(file.getvalue())
 
     assert is_cloud((5, 3), "float32") and is_cloud((5, 6), "float32")
     assert not is_cloud((5, 3), "uint8") and not is_cloud((3, 5, 5), "float32") and not is_cloud((5, 4), "float32")
-    assert not points.is_cloud(b"nothing")
+    assert not points.recognises(b"nothing")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from ssl_platform.data.items import Item
 from ssl_platform.data.media import Content, Options, video
-from ssl_platform.data.sources import Item
 from tests.clips import NAMES, decoded, frames, write_clip
 
 KINDS = [("avi", "mjpeg"), ("mp4", "libx264"), ("mkv", "mjpeg"), ("mov", "mjpeg"), ("webm", "libvpx-vp9")]
@@ -123,7 +123,7 @@ def test_absurd_headers_take_no_memory(tmp_path: Path) -> None:
     path.write_bytes(data.replace(size, start + (16_000).to_bytes(2) * 2))
     code = (
         "import resource, sys; from pathlib import Path\n"
-        "from ssl_platform.data.media import Options, video; from ssl_platform.data.sources import Item\n"
+        "from ssl_platform.data.media import Options, video; from ssl_platform.data.items import Item\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
         "try: video.load(Item(Path(sys.argv[1]), ''), Options())\n"
         "except ValueError as error: sys.stdout.write(str(error))\n"

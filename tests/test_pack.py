@@ -373,7 +373,8 @@ def test_unreadable_images_are_named_and_left_out(
 def test_nothing_to_pack(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     out = tmp_path / "out"
-    assert "empty: no image or sound in this folder or below it" in refused(capsys, tmp_path / "empty", out)
+    message = refused(capsys, tmp_path / "empty", out)
+    assert "empty: no images or point clouds or sound files or videos in this folder or below it" in message
     assert "missing: no such file or folder" in refused(capsys, tmp_path / "missing", out)
     assert not out.exists()
     (tmp_path / "empty" / "a.png").write_text("text")
@@ -555,7 +556,7 @@ def test_tiles_are_stored_without_loss(pixels: np.ndarray[Any, Any]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["slide.png"], "slide.png: one image: give --tile to cut it into tiles"),
+        (["slide.png"], "slide.png: one file: give a folder or table to pack, or --tile"),
         (["slide.png", "--tile", "50"], "tiles of 50 pixels do not fit into 64 x 40 pixels"),
         (["slide.png", "--tile", "8", "--region", "0,0,65,40"], "region 0,0,65,40: expected x0 < x1 <= 64"),
         (

@@ -22,9 +22,9 @@ from PIL import Image
 from ssl_platform.data import work_progress
 from ssl_platform.data.identity import Numbered
 from ssl_platform.data.index import Index
+from ssl_platform.data.items import Item
 from ssl_platform.data.pack import main
 from ssl_platform.data.pack_state import Lock, Part
-from ssl_platform.data.sources import Item
 from ssl_platform.data.splits import assign_splits, parse_splits
 from ssl_platform.data.work_progress import WorkProgress
 
@@ -389,7 +389,7 @@ def test_shards_of_equal_size(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_sizes_of_tiles_are_not_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     slide = save(tmp_path / "slide.png", 0, 64, 64, 3)
     message = refused(capsys, slide, tmp_path / "out", "--tile", 8, "--shard-megabytes", 1)
-    assert "--shard-megabytes: the sizes of tiles are not known before" in message
+    assert "--shard-megabytes: the sizes of tiles and other parts of files are not known before" in message
     with pytest.raises(SystemExit):
         pack(slide, tmp_path / "out", "--samples-per-shard", 3, "--shard-megabytes", 1)
 

@@ -99,7 +99,7 @@ def test_statistics_are_measured_again_or_unknown(
     assert Index.open(tmp_path / "less").statistics is None
     assert (
         "3 samples cannot be decoded, such as x.tar: s" in captured.err
-        and "no image among its members dat" in captured.err
+        and "nothing that can be decoded among its members dat" in captured.err
     )
     assert "mean and std are not known" in captured.out
 

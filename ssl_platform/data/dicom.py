@@ -42,6 +42,21 @@ def is_dicom(data: bytes) -> bool:
     return data[128:132] == b"DICM"
 
 
+def may_be(path: Path) -> bool:
+    """Whether a file may be DICOM by its name: many have none but a number or identifier ("IM000001", "1.2.840.1")."""
+    extension = path.suffix[1:].lower()
+    return extension in (*EXTENSIONS, "") or extension.isdecimal()
+
+
+def is_marked(path: Path) -> bool:
+    """Whether a file is DICOM by its content; False if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return is_dicom(file.read(132))
+    except OSError:
+        return False
+
+
 def patient(path: Path) -> str | None:
     """The PatientID of a DICOM file; None if it has none, or is no such file."""
     try:

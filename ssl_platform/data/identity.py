@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ssl_platform.data.index_rows import number
-from ssl_platform.data.sources import Item
+from ssl_platform.data.items import Item
 from ssl_platform.data.tars import atomic_file
 
 _SALT_BYTES = 32

@@ -1,4 +1,4 @@
-"""ssl-pack: turns images or sound into WebDataset tar shards with an index, ready for ssl-train.
+"""ssl-pack: turns images, sound, videos or point clouds into WebDataset tar shards with an index, ready for ssl-train.
 
 ssl-pack photos shards --labels folder
 """
@@ -14,16 +14,17 @@ from ssl_platform.data import commands
 from ssl_platform.data.pack_options import add_pack_options, count, pack_as_asked, share
 
 if TYPE_CHECKING:
+    from ssl_platform.data.items import Item
     from ssl_platform.data.packing import Packed
 
 _MOST_LABELS = 50
 """So many are written out when a folder is described."""
 
 DESCRIPTION = """\
-Packs images or sound into WebDataset tar shards with an index of their labels, groups and channel statistics, for
-ssl-train and ssl-eval. Any WebDataset tool can read the tars. INPUT is
+Packs images, sound, videos, point clouds or meshes into WebDataset tar shards with an index of their labels, groups
+and statistics, for ssl-train and ssl-eval. Any WebDataset tool can read the tars. INPUT is
 
-  a folder                all images, or all sound files, in it and below it;
+  a folder                all files of one medium in it and below it;
   a .csv or .tsv file     a table with a header: path (relative to the table), and optionally label, group (patient,
                           slide, ...: what an evaluation must not split) and others, of which --keep-columns are kept;
   an image, with --tile   a large image that is cut into tiles. With --tile and a table, each row is one tile, its upper
@@ -89,6 +90,14 @@ class _Parser(argparse.ArgumentParser):
         return super().format_help()
 
 
+def _add_media(parser: argparse.ArgumentParser) -> None:
+    media = parser.add_argument_group("media")
+    media.add_argument(
+        "--medium", metavar="NAME", help="image, audio, video or points; default: what the extensions of the files say"
+    )
+    media.add_argument("--points", metavar="N", type=count, help="drawn from the surface of a mesh; default 8192")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="ssl-pack",
@@ -115,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
         default=0.0,
         help="leave out images or tiles of which less has the colours of stained tissue, as modality.min_tissue",
     )
+    _add_media(parser)
     add_pack_options(parser)
     tiles = parser.add_argument_group("tiles of a large image")
     tiles.add_argument("--tile", metavar="PIXELS", type=count, help="width and height of a tile")
@@ -134,52 +144,74 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _pack(arguments: argparse.Namespace) -> int:
-    from ssl_platform.data.sources import Grid, folder_items, grid_items, is_manifest, manifest_items
+    from ssl_platform.data.media import points
 
-    source, out, tile = arguments.input, arguments.out, arguments.tile
-    if source is None or out is None:
+    source, tile = arguments.input, arguments.tile
+    if source is None or arguments.out is None:
         raise ValueError("INPUT and OUT are needed; see ssl-pack --help")
     if not source.exists():
         raise ValueError(f"{source}: no such file or folder")
+    items, asked = _listed(arguments)
+    _refuse_of_media(arguments, items[0].medium)
+    if arguments.points is not None:
+        items, asked = points.with_num_points(items, arguments.points), asked | {"points": arguments.points}
+    packed = pack_as_asked(items, arguments.out, asked, arguments, tile=tile or 0, min_tissue=arguments.min_tissue)
+    return report(packed, arguments.allow_bad)
+
+
+def _listed(arguments: argparse.Namespace) -> "tuple[list[Item], dict[str, Any]]":
+    """What is to be packed, and the options that decide it."""
+    from ssl_platform.data.grids import Grid, grid_items
+    from ssl_platform.data.sources import folder_items, is_manifest, manifest_items
+
+    source, tile = arguments.input, arguments.tile
     is_image = source.is_file() and not is_manifest(source)
     _refuse_unused(arguments, is_image)
-    asked: dict[str, Any] = {"tile": tile}
     if source.is_dir():
-        asked |= {"labels": arguments.labels, "groups": arguments.groups}
-        items = folder_items(source, labels=arguments.labels == "folder", groups=arguments.groups == "folder")
-    elif not is_image:
-        items = manifest_items(source, tiles=tile is not None, splits=arguments.split == ["column"])
-    else:
-        grid = Grid(tile, arguments.stride or tile, arguments.group_block or 4 * tile, arguments.region)
-        asked |= grid._asdict() | {"label_purity": arguments.label_purity, "label_names": arguments.label_names}
-        items = grid_items(
-            source,
-            grid,
-            labels_image=arguments.labels_image,
-            purity=arguments.label_purity,
-            label_names=arguments.label_names or [],
-        )
-    if arguments.min_tissue and any(item.medium != "image" for item in items):
-        raise ValueError("--min-tissue: is for images, and this is sound")
-    packed = pack_as_asked(items, out, asked, arguments, tile=tile or 0, min_tissue=arguments.min_tissue)
-    return report(packed, arguments.allow_bad)
+        asked = {"tile": tile, "labels": arguments.labels, "groups": arguments.groups}
+        labels, groups = arguments.labels == "folder", arguments.groups == "folder"
+        return folder_items(source, labels, groups, arguments.medium), asked
+    if not is_image:
+        by_column = arguments.split == ["column"]
+        return manifest_items(source, tile is not None, by_column, medium=arguments.medium), {"tile": tile}
+    grid = Grid(tile, arguments.stride or tile, arguments.group_block or 4 * tile, arguments.region)
+    purity, names = arguments.label_purity, arguments.label_names
+    items = grid_items(source, grid, labels_image=arguments.labels_image, purity=purity, label_names=names or [])
+    return items, {"tile": tile, **grid._asdict(), "label_purity": purity, "label_names": names}
+
+
+def _refuse_of_media(arguments: argparse.Namespace, medium: str) -> None:
+    """Options that are for another medium than the input's."""
+    from ssl_platform.data.media import plural
+
+    for option, is_given, of in (
+        ("tile", arguments.tile is not None, "image"),
+        ("min-tissue", bool(arguments.min_tissue), "image"),
+        ("points", arguments.points is not None, "points"),
+    ):
+        if is_given and medium != of:
+            raise ValueError(f"--{option}: is for {plural(of)}, and {arguments.input} holds {plural(medium)}")
 
 
 def _refuse_unused(arguments: argparse.Namespace, is_image: bool) -> None:
     """An option that would do nothing is a mistake of whoever gave it."""
+    from ssl_platform.data.media import file_media
+
     if is_image and arguments.tile is None:
         raise ValueError(
-            f"{arguments.input}: one image: give --tile to cut it into tiles, or a folder or table to pack"
+            f"{arguments.input}: one file: give a folder or table to pack, or --tile to cut a large image into tiles"
         )
     if arguments.input.is_dir() and arguments.tile is not None:
         raise ValueError("--tile: needs an image, or a table with the columns path, x and y, not a folder")
     for option in ("labels", "groups"):
         if not arguments.input.is_dir() and getattr(arguments, option) != "none":
             raise ValueError(f"--{option} folder: only with a folder; a table has a column {option[:-1]}")
+    if is_image and arguments.medium is not None:
+        raise ValueError("--medium: only with a folder or table; a single file is an image that is cut into tiles")
+    if arguments.medium is not None and arguments.medium not in file_media():
+        raise ValueError(f"--medium {arguments.medium}: unknown; there are {', '.join(sorted(file_media()))}")
     if arguments.split == ["column"] and (arguments.input.is_dir() or is_image):
         raise ValueError("--split column: only with a table, which has a column split")
-    if arguments.shard_megabytes is not None and arguments.tile is not None:
-        raise ValueError("--shard-megabytes: the sizes of tiles are not known before; use --samples-per-shard")
     for option in ("stride", "region", "labels_image", "label_names", "group_block"):
         if not is_image and getattr(arguments, option) is not None:
             raise ValueError(f"--{option.replace('_', '-')}: only where INPUT is an image that is cut into tiles")

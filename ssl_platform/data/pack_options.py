@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch takes seconds to load, --help should not
     from ssl_platform.data.identity import Names
+    from ssl_platform.data.items import Item
     from ssl_platform.data.packing import Packed
-    from ssl_platform.data.sources import Item
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +76,10 @@ def pack_as_asked(
     from ssl_platform.data.packing import pack
     from ssl_platform.data.splits import parse_splits
 
+    if arguments.shard_megabytes is not None and not all(item.is_whole for item in items):
+        raise ValueError(
+            "--shard-megabytes: the sizes of tiles and other parts of files are not known before; use --samples-per-shard"
+        )
     return pack(
         items,
         out,

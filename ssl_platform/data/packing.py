@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from ssl_platform.data.identity import Names, numbered, own_salt, write_lookup
 from ssl_platform.data.index_files import read_description, write_index
 from ssl_platform.data.index_rows import describe
+from ssl_platform.data.items import Item
 from ssl_platform.data.media import Options, check_packages, statistics_of
 from ssl_platform.data.pack_state import (
     Lock,
@@ -24,7 +25,6 @@ from ssl_platform.data.pack_state import (
 )
 from ssl_platform.data.planning import Plan, check_room, make_plan
 from ssl_platform.data.processes import parallel
-from ssl_platform.data.sources import Item
 from ssl_platform.data.splits import Splits, assign_splits
 from ssl_platform.data.tar_writing import Job, Shard, make_shard, statistics
 from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_platform.data.identity import Names, Numbered
-from ssl_platform.data.media import Options, medium
+from ssl_platform.data.media import Options, is_kept, load
 from ssl_platform.data.order import generator
 from ssl_platform.data.pack_state import shard_name
 from ssl_platform.data.tar_writing import Job, Shard
@@ -24,12 +24,6 @@ _BLOCK = 512
 _MOST_SIZES = 10_000
 """So many files are looked at for the estimate of the whole."""
 _MOST_MEASURED = 32
-_STORED_AS_THEY_ARE = (
-    *(".jpg", ".jpeg", ".png", ".webp", ".npy"),
-    *(".wav", ".flac", ".ogg", ".opus", ".mp3", ".m4a"),
-    *(".avi", ".mp4", ".mkv", ".mov", ".webm"),
-)
-"""Give or take their metadata; of others some are encoded, to see how large they become."""
 
 
 class Plan(NamedTuple):
@@ -125,7 +119,7 @@ def estimate(jobs: Sequence[Job]) -> float:
     total = 0.0
     if files:
         total += float(stored_sizes(_some(files, _MOST_SIZES)).mean()) * len(files)
-    if encoded := [sample for sample in files if sample.item.path.suffix.lower() not in _STORED_AS_THEY_ARE]:
+    if encoded := [sample for sample in files if not is_kept(sample.item.medium, sample.item.path.suffix[1:].lower())]:
         measured, sizes = _measured(_some(encoded, _MOST_MEASURED), jobs[0].options)
         total += float(sizes.mean() - stored_sizes(measured).mean()) * len(encoded) if measured else 0.0
     if tiles:  # of one image, which is decoded once
@@ -145,7 +139,7 @@ def _measured(samples: Sequence[Numbered], options: Options) -> tuple[list[Numbe
     sizes, measured = [], []
     for sample in samples:
         try:
-            sizes.append(len(medium(sample.item.medium).load(sample.item, options).data))
+            sizes.append(len(load(sample.item, options).data))
             measured.append(sample)
         except (OSError, ValueError):  # it will be left out, with the reason
             continue

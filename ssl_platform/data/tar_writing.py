@@ -14,9 +14,9 @@ import webdataset
 from ssl_platform.data.channel_statistics import Tally, describe_distribution
 from ssl_platform.data.distribution import Distribution, merged
 from ssl_platform.data.identity import Names, Numbered
-from ssl_platform.data.media import Content, Options, medium
+from ssl_platform.data.items import Item
+from ssl_platform.data.media import Content, Options, load
 from ssl_platform.data.slides.tiles import Unwanted
-from ssl_platform.data.sources import Item
 from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard, shown
 from ssl_platform.modalities.pathology import tissue_fraction
 
@@ -151,7 +151,7 @@ def _check_name(name: str) -> None:
 
 
 def _load(item: Item, options: Options) -> Content:
-    content = medium(item.medium).load(item, options)
+    content = load(item, options)
     values = content.values
     if values is not None and values.dtype.kind == "f" and not np.isfinite(values).all():
         raise ValueError("has values that are no finite numbers (NaN, infinity, or so large that they become it)")

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ssl_platform.data.commands._examine import MEDIA, parse_json
+from ssl_platform.data.commands._examine import decode_member, parse_json
 from ssl_platform.data.commands._jobs import results
 from ssl_platform.data.commands._options import printable
 from ssl_platform.data.index_files import read_description, read_rows
@@ -321,11 +321,8 @@ def _bad_media(record: Record, shard: Path | Url) -> tuple[list[str], int]:
     except Exception as error:
         return [f"{tiles.REFERENCE}: {reason(error)}"], 0
     for extension, data in record.members.items():
-        kind = extension.rpartition(".")[2]
-        if kind in MEDIA:
-            try:
-                MEDIA[kind](data, kind)
-                decoded = 1
-            except Exception as error:
-                bad.append(f"{extension}: {reason(error)}")
+        try:
+            decoded |= decode_member(extension.rpartition(".")[2], data) is not None
+        except Exception as error:
+            bad.append(f"{extension}: {reason(error)}")
     return bad, decoded

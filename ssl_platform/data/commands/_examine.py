@@ -4,9 +4,9 @@ import hashlib
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,16 +14,14 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from ssl_platform.data import media
 from ssl_platform.data.commands._jobs import results, sample_jobs
 from ssl_platform.data.commands._near_duplicates import THUMBNAIL_SIZE, thumbnail
 from ssl_platform.data.commands._options import printable
 from ssl_platform.data.index import Index
-from ssl_platform.data.media import points, video
-from ssl_platform.data.media.audio import measured, spectrogram
 from ssl_platform.data.reading import ShardReader, reason
 from ssl_platform.data.transfer import RemoteError
-from ssl_platform.modalities import _audio
-from ssl_platform.modalities._images import EXTENSIONS, decode_image, resize, to_float
+from ssl_platform.modalities._images import resize, to_float
 
 _ABOUT = ("json", "cls")
 """Members that say something of a sample and are not its data."""
@@ -32,77 +30,19 @@ _NOT_MEASURED = ("path", "label", "group", "split")
 _PICTURE_SIDE = 112
 
 
-class Media(NamedTuple):
-    """What a kind of data shows of a sample's main member."""
-
-    pixels: Tensor
-    """(C, H, W) uint8 or uint16: an image, or a picture of what is none, such as a spectrogram."""
-    sizes: Mapping[str, float]
-    """Histograms are drawn of these: width, height, seconds, ..."""
-    values: Callable[[], NDArray[Any] | None]
-    """Those that statistics are of, as `Content.values`."""
-    medium: str
-    """The file of `ssl_platform.data.media` for this kind."""
-
-
-def _image(data: bytes, extension: str) -> Media:
-    pixels = decode_image(data, extension)
-    sizes = {"width": pixels.shape[2], "height": pixels.shape[1], "channels": pixels.shape[0]}
-    return Media(pixels, sizes, pixels.numpy, "image")
-
-
-def _array(data: bytes, extension: str) -> Media:
-    """An image, or a cloud of points as three projections side by side."""
-    if not points.is_cloud(data):
-        return _image(data, extension)
-    cloud = points.decode_points(data)
-    return Media(torch.from_numpy(points.picture(cloud)), {"points": len(cloud)}, lambda: cloud.T, "points")
-
-
-def _video(data: bytes, extension: str) -> Media:
-    """Three frames side by side: the first, the middle one and the last."""
-    about, frames = video.overview(data, extension, 3)
-    sizes = {name: about[name] for name in ("num_frames", "height", "width", "fps") if about[name] is not None}
-    picture = torch.from_numpy(np.concatenate(frames, axis=2))
-    return Media(picture, sizes, lambda: video.measured(data, extension, about["num_frames"]), "video")
-
-
-def _sound(data: bytes, extension: str) -> Media:
-    sound = _audio.decode_audio(data)
-    seconds = sound.samples.shape[1] / sound.sample_rate
-    sizes = {"seconds": seconds, "sample rate": sound.sample_rate, "channels": len(sound.samples)}
-    return Media(spectrogram(sound), sizes, lambda: measured(sound), "audio")
-
-
-def _webm(data: bytes, extension: str) -> Media:
-    """Sound where there are no pictures."""
-    try:
-        return _video(data, extension)
-    except ValueError as error:
-        try:
-            return _sound(data, extension)
-        except ValueError:
-            raise error from None
-
-
-MEDIA: dict[str, Callable[[bytes, str], Media]] = {
-    **dict.fromkeys(EXTENSIONS, _image),
-    **dict.fromkeys(_audio.EXTENSIONS, _sound),
-    **dict.fromkeys(video.EXTENSIONS, _video),
-    "webm": _webm,
-    "npy": _array,
-}
-"""{extension: how to look at such a member}. Other members are only counted."""
-
-
-def decode_members(members: Mapping[str, bytes]) -> Media | None:
-    """Decodes every member that can be: the first one's media, None if there is none; raises ValueError."""
+def decode_members(members: Mapping[str, bytes]) -> tuple[str, media.Look] | None:
+    """Decodes every member that can be: medium and look of the first one, None if there is none; raises ValueError."""
     first = None
     for extension, data in members.items():
-        if extension in MEDIA:
-            media = MEDIA[extension](data, extension)
-            first = first or media
+        found = decode_member(extension, data)
+        first = first or found
     return first
+
+
+def decode_member(extension: str, data: bytes) -> tuple[str, media.Look] | None:
+    """The medium and look of a member; None if it is of no medium, and only counted; raises ValueError if damaged."""
+    name = media.medium_of(extension, lambda: data, stored=True)
+    return None if name is None else (name, media.look(name, data, extension))
 
 
 def content_hash(members: Mapping[str, bytes]) -> bytes:
@@ -165,25 +105,26 @@ def _examine_some(index: Index, samples: NDArray[np.int64], pictures: set[int]) 
     found = Examined(samples, thumbnails=np.zeros((len(samples), THUMBNAIL_SIZE), np.uint8))
     reader = ShardReader(index, cache_shards=1)
     for place, sample in enumerate(samples.tolist()):
-        key, data_hash, numbers, split, media = f"sample {sample}", b"", dict[str, float](), None, None
+        key, data_hash, numbers, split, decoded = f"sample {sample}", b"", dict[str, float](), None, None
         try:
             key, members = reader.read(sample)
             split = _describe_members(members, found.members, numbers)
             data_hash = content_hash(members)
-            media = decode_members(members)
-            if media is not None:
-                numbers |= media.sizes
-                found.thumbnails[place] = thumbnail(media.pixels)
-            if media is not None and sample in pictures:
-                found.pictures[sample] = small_jpeg(media.pixels)
+            decoded = decode_members(members)
+            if decoded is not None:
+                _, look = decoded
+                numbers |= look.sizes
+                found.thumbnails[place] = thumbnail(look.pixels)
+                if sample in pictures:
+                    found.pictures[sample] = small_jpeg(look.pixels)
         except RemoteError:  # thousands of samples are not bad because their shard is out of reach
             raise
         except Exception as error:  # whatever is wrong with one sample is a line of the report
             found.bad[sample] = printable(reason(error))
-            media = None
+            decoded = None
         found.keys.append(printable(key))
         found.hashes.append(data_hash)
-        found.has_thumbnail.append(media is not None)
+        found.has_thumbnail.append(decoded is not None)
         found.numbers.append(numbers)
         found.splits.append(split)
     return found

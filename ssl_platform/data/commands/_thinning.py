@@ -153,16 +153,17 @@ def _read(index: Index, sample: int) -> tuple[bytes, Record]:
 
 def _measure(record: Record, shard: Path, written: _Written, tally: Tally) -> None:
     try:
-        media = decode_members(tiles.resolved(record, shard).members)
-        if media is None:
-            raise ValueError(f"no image among its members {', '.join(record.members)}")
+        decoded = decode_members(tiles.resolved(record, shard).members)
+        if decoded is None:
+            raise ValueError(f"nothing that can be decoded among its members {', '.join(record.members)}")
     except ValueError as error:
         written.undecoded.append(f"{shard.name}: {record.key}: {error}")
         return
-    if (values := media.values()) is not None:
+    name, look = decoded
+    if (values := look.values()) is not None:
         tally.add(values)
     written.sums.samples += 1
-    written.media = sorted({*written.media, media.medium})
+    written.media = sorted({*written.media, name})
 
 
 def _dropped_table(choice: Choice) -> bytes:

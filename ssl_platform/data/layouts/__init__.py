@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ssl_platform.config import plugin_names
 
 if TYPE_CHECKING:  # torch takes seconds to load, --help should not
+    from ssl_platform.data.items import Item
     from ssl_platform.data.slides.listing import SlideRow
-    from ssl_platform.data.sources import Item
 
 Row = TypeVar("Row", "Item", "SlideRow")
 
@@ -65,10 +65,6 @@ class LayoutCommand:
         if hasattr(self.layout, "run"):
             return int(self.layout.run(arguments))
         items = splits_as_asked(self.layout.items(arguments.folder, arguments), arguments, self.name)
-        if arguments.shard_megabytes is not None and not all(item.is_whole for item in items):
-            raise ValueError(
-                "--shard-megabytes: the sizes of parts of files are not known before; use --samples-per-shard"
-            )
         keep_columns(items, arguments, getattr(self.layout, "COLUMNS", ()))
         own = self.layout.settings(arguments) if hasattr(self.layout, "settings") else {}
         asked = {"layout": self.name} | {f"{self.name}.{key}": value for key, value in own.items()}

@@ -22,17 +22,19 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from ssl_platform.data.items import Item
 from ssl_platform.data.layouts import missing
-from ssl_platform.data.sources import Item, walk
+from ssl_platform.data.media import extensions_of
+from ssl_platform.data.sources import walk
 from ssl_platform.data.tables import read_rows, read_table
 from ssl_platform.data.tars import shown
-from ssl_platform.modalities._audio import EXTENSIONS, read_info
+from ssl_platform.modalities._audio import read_info
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("labels",)
 _SPLITS = ("balanced_train", "unbalanced_train", "eval")
-_EXTENSIONS = (*EXTENSIONS, "mp4")
+_EXTENSIONS = extensions_of("audio", asked=True)
 _WHOLE_CLIP_SECONDS = 10.5
 _NAME = re.compile(r"([A-Za-z0-9_-]{11})(?:_(\d+(?:\.\d+)?))?(?:_\d+(?:\.\d+)?)?")
 

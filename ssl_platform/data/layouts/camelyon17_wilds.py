@@ -13,8 +13,8 @@ tumor or normal, the group the patient, and the column center is stored.
 import argparse
 from pathlib import Path
 
+from ssl_platform.data.items import Item
 from ssl_platform.data.layouts import missing
-from ssl_platform.data.sources import Item
 from ssl_platform.data.tables import read_rows
 
 COLUMNS = ("center", "wilds_split")

@@ -17,8 +17,8 @@ import logging
 import math
 from pathlib import Path
 
+from ssl_platform.data.items import Item
 from ssl_platform.data.layouts import MAX_NAMED, missing
-from ssl_platform.data.sources import Item
 from ssl_platform.data.tables import read_table
 from ssl_platform.data.tars import shown
 

@@ -12,8 +12,8 @@ are a column and not splits: published scores are means over five runs, each tes
 import argparse
 from pathlib import Path
 
+from ssl_platform.data.items import Item
 from ssl_platform.data.layouts import missing
-from ssl_platform.data.sources import Item
 from ssl_platform.data.tables import read_table
 
 COLUMNS = ("fold", "esc10")

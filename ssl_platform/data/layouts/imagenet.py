@@ -12,8 +12,9 @@ folder without classes is packed without labels.
 import argparse
 from pathlib import Path
 
+from ssl_platform.data.items import Item
 from ssl_platform.data.layouts import missing
-from ssl_platform.data.sources import Item, folder_items
+from ssl_platform.data.sources import folder_items
 from ssl_platform.data.tables import read_table
 
 _SPLITS = ("train", "val", "valid", "validation", "test")
@@ -29,7 +30,7 @@ def items(folder: Path, arguments: argparse.Namespace) -> list[Item]:
     found = [
         item._replace(split=split or None, name=f"{split}/{item.name}" if split else item.name)
         for split in splits or [""]
-        for item in folder_items(root / split, labels=True)
+        for item in folder_items(root / split, labels=True, medium="image")
     ]
     solution = folder / "LOC_val_solution.csv"
     return _labelled(found, solution) if solution.is_file() else found

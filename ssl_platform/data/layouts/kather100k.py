@@ -13,8 +13,9 @@ import argparse
 import logging
 from pathlib import Path
 
+from ssl_platform.data.items import Item
 from ssl_platform.data.layouts import missing
-from ssl_platform.data.sources import Item, folder_items
+from ssl_platform.data.sources import folder_items
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def items(folder: Path, arguments: argparse.Namespace) -> list[Item]:
 def _tiles(folder: Path, prefix: str, split: str | None) -> list[Item]:
     if lacking := [f"{name}/" for name in CLASSES if not (folder / name).is_dir()]:
         raise missing(folder, lacking, "kather100k")
-    found = folder_items(folder, labels=True)
+    found = folder_items(folder, labels=True, medium="image")
     if others := [item.name for item in found if item.label not in CLASSES]:
         logger.warning("%s: %d images in no class's folder are passed over, as %s", folder, len(others), others[0])
     if empty := [name for name in CLASSES if name not in {item.label for item in found}]:

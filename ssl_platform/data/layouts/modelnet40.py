@@ -17,9 +17,9 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from ssl_platform.data.items import Item
 from ssl_platform.data.layouts import add_num_points, missing
 from ssl_platform.data.media import points
-from ssl_platform.data.sources import Item
 
 _SPLITS = ("train", "test")
 

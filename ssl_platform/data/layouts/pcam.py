@@ -18,9 +18,9 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl_platform.data.items import Item
 from ssl_platform.data.layouts import missing
 from ssl_platform.data.media import h5
-from ssl_platform.data.sources import Item
 from ssl_platform.data.tables import read_rows
 
 logger = logging.getLogger(__name__)

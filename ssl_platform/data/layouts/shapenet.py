@@ -24,9 +24,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from ssl_platform.data.items import Item
 from ssl_platform.data.layouts import MAX_NAMED, add_num_points, missing
 from ssl_platform.data.media import points
-from ssl_platform.data.sources import Item
 from ssl_platform.data.tables import read_table
 
 logger = logging.getLogger(__name__)

@@ -21,16 +21,17 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ssl_platform.data.items import Item
 from ssl_platform.data.layouts import missing
-from ssl_platform.data.sources import Item, walk
+from ssl_platform.data.media import extensions_of
+from ssl_platform.data.sources import walk
 from ssl_platform.data.tables import check_width, read_rows
 from ssl_platform.data.tars import shown
-from ssl_platform.modalities._audio import EXTENSIONS
 
 logger = logging.getLogger(__name__)
 
 COLUMNS = ("session",)
-_EXTENSIONS = (*EXTENSIONS, "mp4")
+_EXTENSIONS = extensions_of("audio", asked=True)
 _SPEAKER = re.compile(r"id\d{5}")
 
 

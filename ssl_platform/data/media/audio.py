@@ -4,11 +4,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ssl_platform.data.media import Content, Options
+from ssl_platform.data.items import Item
+from ssl_platform.data.media import Content, Look, Options
 from ssl_platform.data.sound_files import clean_sound, encode_flac
-from ssl_platform.data.sources import Item
+from ssl_platform.modalities import _audio
 from ssl_platform.modalities._audio import AudioInfo, Sound, decode_audio, package, read_info, resample
 from ssl_platform.modalities._fbank import Fbank
+
+PLURAL = "sound files"
+EXTENSIONS = _audio.EXTENSIONS
+ONLY_IF_ASKED = ("mp4",)
+KEPT = ("wav", "flac", "ogg", "opus", "mp3", "m4a")
 
 FBANK = Fbank()
 """Of which the index keeps mean and std, bin by bin."""
@@ -39,6 +45,14 @@ def load(item: Item, options: Options) -> Content:
         "num_channels": len(sound.samples),
     }
     return Content(stored, extension, measured(sound), about)
+
+
+def look(data: bytes, extension: str) -> Look:
+    """The spectrogram."""
+    sound = decode_audio(data)
+    seconds = sound.samples.shape[1] / sound.sample_rate
+    sizes = {"seconds": seconds, "sample rate": sound.sample_rate, "channels": len(sound.samples)}
+    return Look(spectrogram(sound), sizes, lambda: measured(sound))
 
 
 def measured(sound: Sound) -> NDArray[np.float32] | None:

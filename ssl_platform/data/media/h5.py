@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from ssl_platform.data.items import Item
 from ssl_platform.data.media import Content, Options
 from ssl_platform.data.media.image import encode
-from ssl_platform.data.sources import Item
 
 _open: dict[tuple[int, Path], Any] = {}
 """The file that this process read last; its handle is not to be used by processes forked later."""

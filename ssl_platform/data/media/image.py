@@ -3,6 +3,7 @@
 import io
 import struct
 import zlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ssl_platform.data import dicom
-from ssl_platform.data.media import Content, Options
+from ssl_platform.data.items import Item
+from ssl_platform.data.media import Content, Look, Options
 from ssl_platform.data.metadata import without_metadata
-from ssl_platform.data.sources import Item, read_image
+from ssl_platform.modalities import _images
 from ssl_platform.modalities._images import decode_image
+
+PLURAL = "images"
+EXTENSIONS = (*_images.EXTENSIONS, *dicom.EXTENSIONS)
+KEPT = ("jpg", "jpeg", "png", "webp", "npy")
 
 Pixels = NDArray[Any]
 
@@ -34,6 +40,37 @@ def load(item: Item, options: Options) -> Content:
     if options.keep_metadata:
         return Content(data, extension, pixels)
     return Content(*_clean(data, extension, pixels), pixels)
+
+
+_last_image: dict[Path, NDArray[np.generic]] = {}
+
+
+def read_image(path: Path) -> NDArray[np.generic]:
+    """The (C, H, W) pixels of an image that tiles are cut from; the last one is remembered, for the next tile.
+
+    Processes forked later share it. Raises ValueError with the reason if it cannot be read.
+    """
+    if path not in _last_image:
+        _last_image.clear()
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise ValueError(f"{path}: {error.strerror}") from error
+        try:
+            if dicom.is_dicom(data):
+                _last_image[path] = dicom.read_dicom(data, refuse_burnt_in=True)[0]
+            else:
+                _last_image[path] = decode_image(data, path.suffix[1:].lower()).numpy()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+    return _last_image[path]
+
+
+def look(data: bytes, extension: str) -> Look:
+    """The image itself."""
+    pixels = decode_image(data, extension)
+    sizes = {"width": pixels.shape[2], "height": pixels.shape[1], "channels": pixels.shape[0]}
+    return Look(pixels, sizes, pixels.numpy)
 
 
 def _tile(item: Item, tile: int) -> Pixels:

@@ -6,16 +6,22 @@ import json
 import math
 import re
 import struct
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from ssl_platform.data.media import Content, Options
-from ssl_platform.data.sources import Item
+from ssl_platform.data.items import Item
+from ssl_platform.data.media import Content, Look, Options
 
+PLURAL = "point clouds"
 MESHES = ("off", "obj", "ply", "stl", "glb")
 CLOUDS = ("txt", "xyz", "pts", "npy")
+EXTENSIONS = (*MESHES, "xyz", "pts", "npy")
+ONLY_IF_ASKED = ("txt",)
+STORED = ("npy",)
 NUM_POINTS = 8192
 """Of a mesh whose item does not say."""
 MAX_BYTES = 2**30
@@ -59,13 +65,24 @@ def decode_points(data: bytes) -> Points:
     return _with_normals(_array(data))
 
 
-def is_cloud(data: bytes) -> bool:
+def recognises(data: bytes) -> bool:
     """Whether an npy file holds floats in rows of 3 or 6, which no image does."""
     try:
         shape, _, dtype = _header(io.BytesIO(data))
     except ValueError:
         return False
     return dtype.kind == "f" and len(shape) == 2 and shape[1] in (3, 6)
+
+
+def look(data: bytes, extension: str) -> Look:
+    """Three projections side by side."""
+    cloud = decode_points(data)
+    return Look(torch.from_numpy(picture(cloud)), {"points": len(cloud)}, lambda: cloud.T)
+
+
+def with_num_points(items: Sequence[Item], num_points: int) -> list[Item]:
+    """The items, with so many points to be drawn of each mesh."""
+    return [item._replace(part=(num_points,)) if item.path.suffix[1:].lower() in MESHES else item for item in items]
 
 
 def picture(points: Points, side: int = 112) -> NDArray[np.uint8]:

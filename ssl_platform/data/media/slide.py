@@ -1,9 +1,9 @@
 """Tiles of whole slides: stored without loss as PNG, or as the place where they lie."""
 
+from ssl_platform.data.items import Item
 from ssl_platform.data.media import Content, Options
 from ssl_platform.data.media.image import encode
 from ssl_platform.data.slides import tiles
-from ssl_platform.data.sources import Item
 
 
 def load(item: Item, options: Options) -> Content:

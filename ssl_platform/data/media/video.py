@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from ssl_platform.data.media import Content, Options
-from ssl_platform.data.sources import Item
+from ssl_platform.data.items import Item
+from ssl_platform.data.media import Content, Look, Options
 
+PLURAL = "videos"
 EXTENSIONS = ("avi", "mp4", "mkv", "mov", "webm")
+KEPT = EXTENSIONS
 MAX_BYTES = 2**31
 """A sample is read whole; longer recordings are to be cut into clips first."""
 MAX_PIXELS = 2**25
@@ -37,6 +40,24 @@ def load(item: Item, options: Options) -> Content:
     if not options.keep_metadata:
         data, extension = _clean(data, extension, frames_digest)
     return Content(data, extension, measured(data, extension, about["num_frames"]), about)
+
+
+def recognises(data: bytes) -> bool:
+    """Whether a WebM file, or its beginning, holds pictures."""
+    av = import_av()
+    try:
+        with av.open(io.BytesIO(data), format="matroska", metadata_errors="replace") as container:
+            return bool(container.streams.video)
+    except (av.FFmpegError, ValueError, OSError):
+        return False
+
+
+def look(data: bytes, extension: str) -> Look:
+    """Three frames side by side: the first, the middle one and the last."""
+    about, frames = overview(data, extension, 3)
+    sizes = {name: about[name] for name in ("num_frames", "height", "width", "fps") if about[name] is not None}
+    picture = torch.from_numpy(np.concatenate(frames, axis=2))
+    return Look(picture, sizes, lambda: measured(data, extension, about["num_frames"]))
 
 
 def measured(data: bytes, extension: str, num_frames: int) -> NDArray[np.uint8]:

@@ -73,7 +73,7 @@ def table_slides(table: Path, splits: bool = False) -> list[SlideRow]:
     With `splits` the column split says which split a slide is in. Raises ValueError that names the row.
     """
     rows = []
-    for item in manifest_items(table, tiles=False, splits=splits):
+    for item in manifest_items(table, tiles=False, splits=splits, medium="image"):
         columns = dict(item.columns)
         if taken := [name for name in columns if name in OURS and name != "mpp"]:
             raise ValueError(f"{table}: column '{taken[0]}': every tile gets a column of this name; rename yours")

@@ -10,12 +10,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ssl_platform.data.items import Item
 from ssl_platform.data.processes import parallel
 from ssl_platform.data.slides.listing import SlideRow
 from ssl_platform.data.slides.preview import write_preview
 from ssl_platform.data.slides.reading import SlideTiles
 from ssl_platform.data.slides.tiling import Options, SlidePlan, dumped, loaded, plan_slide
-from ssl_platform.data.sources import Item
 from ssl_platform.data.tars import atomic_file
 
 logger = logging.getLogger(__name__)
