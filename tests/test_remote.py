@@ -22,7 +22,7 @@ from ssl_platform.data.index import Index
 from ssl_platform.data.pack import main as pack
 from ssl_platform.data.reading import ShardReader
 from ssl_platform.data.remote import RemoteSettings
-from ssl_platform.data.shard_cache import ShardCache
+from ssl_platform.data.shard_cache import Entry, ShardCache
 from ssl_platform.data.transfer import RemoteError, Transfers
 from ssl_platform.location import Url
 from ssl_platform.train import main as train
@@ -204,6 +204,23 @@ def test_one_fetch_for_many_threads(server: Server, tmp_path: Path) -> None:
         thread.join(30)
     assert found == [(SKIN / "shard-000000.tar").read_bytes()] * 8
     assert server.tars() == {"shard-000000.tar": 1}
+
+
+def test_a_transfer_that_ends_while_room_is_counted_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ShardCache(tmp_path / "cache", 1000, time.time(), Transfers(5, 0, threading.Event()))
+    entry = cache.entry(Url("http://host/data/a.tar"))
+    entry.folder.mkdir(parents=True)
+    entry.beside("lock").write_text("700")
+    entry.beside("part").write_bytes(bytes(700))
+
+    def ends_meanwhile(found: Entry) -> int:
+        assert found == entry
+        entry.beside("part").rename(entry.file)
+        return 0
+
+    monkeypatch.setattr(cache, "_reserved", ends_meanwhile)
+    files, reserved = cache._survey()
+    assert sum(found.st_size for _, found in files) + reserved == 700
 
 
 def test_an_index_pushes_no_shards_out(server: Server, tmp_path: Path) -> None:

@@ -222,17 +222,19 @@ class ShardCache:
         return True
 
     def _survey(self) -> tuple[list[tuple[Entry, os.stat_result]], int]:
-        """The complete files, and the bytes that transfers now running will need. Removes what killed ones left."""
+        """The complete files, and the bytes that transfers now running will need. Removes what killed ones left.
+
+        Transfers first: one that ends meanwhile is counted twice, and never in neither place.
+        """
+        folders = [folder for folder in self.folder.iterdir() if folder.is_dir()]
         files, reserved = [], 0
-        for folder in self.folder.iterdir():
-            if not folder.is_dir():
-                continue
-            for item in list(os.scandir(folder)):
-                with suppress(FileNotFoundError):
-                    if not item.name.startswith("."):
-                        files.append((Entry(folder, item.name), item.stat()))
-                    elif item.name.endswith(".lock") and item.stat().st_size:
-                        reserved += self._reserved(Entry(folder, item.name[1:-5]))
+        for item in [item for folder in folders for item in os.scandir(folder) if item.name.endswith(".lock")]:
+            with suppress(FileNotFoundError):
+                if item.stat().st_size:
+                    reserved += self._reserved(Entry(Path(item.path).parent, item.name[1:-5]))
+        for item in [item for folder in folders for item in os.scandir(folder) if not item.name.startswith(".")]:
+            with suppress(FileNotFoundError):
+                files.append((Entry(Path(item.path).parent, item.name), item.stat()))
         return files, reserved
 
     def _reserved(self, entry: Entry) -> int:
