@@ -16,10 +16,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ssl_platform.data.commands._near_duplicates import thumbnail, thumbnail_features, unit_rows
 from ssl_platform.data.index import Index
 from ssl_platform.data.items import Item
 from ssl_platform.data.media import Options
-from ssl_platform.data.media.audio import FBANK, load, spectrogram
+from ssl_platform.data.media.audio import FBANK, load, look, measured, spectrogram
 from ssl_platform.data.pack import main
 from ssl_platform.data.sound_files import clean_sound, suffix_crcs
 from ssl_platform.modalities import image
@@ -228,10 +229,34 @@ def test_images_and_sound_are_not_mixed(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_a_spectrogram_shows_low_tones_below() -> None:
     low = np.sin(2 * np.pi * 300 * np.arange(160_000) / RATE)[:, None].astype(np.float32)
-    picture = spectrogram(decode_audio(written("WAV", samples=low)))
+    picture = spectrogram(measured(decode_audio(written("WAV", samples=low))))
     assert picture.shape == (1, 128, 256) and picture.dtype == torch.uint8
     assert 90 < int(picture[0, :, 100].argmax()) < 127
-    assert spectrogram(decode_audio(written("WAV", samples=low[:100]))).shape == (1, 128, 1)
+    assert spectrogram(measured(decode_audio(written("WAV", samples=low[:100])))).shape == (1, 128, 1)
+
+
+def test_sounds_are_alike_if_they_are_copies_and_not_because_they_are_noise() -> None:
+    rng = np.random.default_rng(0)
+    seconds = np.arange(3 * RATE)[:, None] / RATE
+    noises = [rng.normal(0, 0.1, (3 * RATE, 1)).astype(np.float32) for _ in range(4)]
+    faint = rng.normal(0, 3e-4, (3 * RATE, 4))  # as in any recording, 60 dB below
+    pitches = enumerate((220, 523, 1300, 3100))
+    tones = [0.3 * np.sin(2 * np.pi * pitch * seconds) + faint[:, number, None] for number, pitch in pitches]
+
+    def features(*files: bytes) -> np.ndarray[Any, Any]:
+        looks = [look(data, "wav").likeness for data in files]
+        return unit_rows(thumbnail_features(np.stack([thumbnail(found) for found in looks if found is not None])))
+
+    originals = features(*(written("WAV", samples=samples) for samples in (*noises, *tones)))
+    others = (originals @ originals.T)[~np.eye(8, dtype=bool)]
+    assert others.max() < 0.6
+    for kind, subtype, gain, least in (
+        ("WAV", "PCM_16", 0.3, 0.95),
+        ("FLAC", "PCM_24", 1.0, 0.95),
+        ("OGG", "VORBIS", 1.0, 0.85),  # noise is what a codec changes most
+    ):
+        copies = features(*(written(kind, subtype, gain * samples) for samples in (*noises, *tones)))
+        assert (copies * originals).sum(1).min() > least, kind
 
 
 def test_the_same_file_gives_the_same_bytes(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def _examine_some(index: Index, samples: NDArray[np.int64], pictures: set[int]) 
             if decoded is not None:
                 _, look = decoded
                 numbers |= look.sizes
-                found.thumbnails[place] = thumbnail(look.pixels)
+                found.thumbnails[place] = thumbnail(look.pixels if look.likeness is None else look.likeness)
                 if sample in pictures:
                     found.pictures[sample] = small_jpeg(look.pixels)
         except RemoteError:  # thousands of samples are not bad because their shard is out of reach

@@ -61,6 +61,8 @@ class Look(NamedTuple):
     """Histograms are drawn of these: width, height, seconds, ..."""
     values: Callable[[], NDArray[Any] | None]
     """Those that statistics are of, as `Content.values`."""
+    likeness: Tensor | None = None
+    """(C, H, W): what near-duplicates are found by, where `pixels` would show too little of what tells samples apart."""
 
 
 def load(item: Item, options: Options) -> Content:

@@ -20,7 +20,11 @@ FBANK = Fbank()
 """Of which the index keeps mean and std, bin by bin."""
 STATISTICS_OF = {"values": "fbank", **FBANK.describe()}
 PACKAGES = ("soundfile", "av", "soxr")
-_PICTURE_DECIBELS, _PICTURE_COLUMNS = 80, 256
+_PICTURE_COLUMNS = 256
+_DECIBELS = 80
+"""Below the loudest, that a picture shows."""
+_STEADY = 0.005
+"""Share of the loudest band's loudness: what changes less is rounding."""
 
 
 def check_packages() -> None:
@@ -52,7 +56,8 @@ def look(data: bytes, extension: str) -> Look:
     sound = decode_audio(data)
     seconds = sound.samples.shape[1] / sound.sample_rate
     sizes = {"seconds": seconds, "sample rate": sound.sample_rate, "channels": len(sound.samples)}
-    return Look(spectrogram(sound), sizes, lambda: measured(sound))
+    bins = measured(sound)
+    return Look(spectrogram(bins), sizes, lambda: bins, likeness(bins))
 
 
 def measured(sound: Sound) -> NDArray[np.float32] | None:
@@ -62,15 +67,29 @@ def measured(sound: Sound) -> NDArray[np.float32] | None:
     return bins if bins.shape[1] else None
 
 
-def spectrogram(sound: Sound) -> torch.Tensor:
-    """A picture of the filter banks (1, num_bins, up to 256) uint8: low tones below, 80 dB from black to white."""
-    bins = measured(sound)
+def likeness(bins: NDArray[np.float32] | None) -> torch.Tensor:
+    """(1, 16, 16) uint8: how each band changes over time, in twelve columns, and its mean, in four; whatever the gain.
+
+    Spectra alone would call all noise alike.
+    """
+    if bins is None:
+        return torch.zeros(1, 16, 16, dtype=torch.uint8)
+    loudness = torch.from_numpy(np.exp((bins - bins.max()) / 3))  # faint bands, which codecs make up, hardly count
+    bands = torch.nn.functional.adaptive_avg_pool2d(loudness[None], (16, 12))[0]  # (16, 12)
+    means = bands.mean(dim=1, keepdim=True)
+    parts = [bands - means, (means - means.mean()).expand(16, 4)]
+    spread = [part / part.std().clamp(min=_STEADY * means.max()) for part in parts]
+    return (torch.cat(spread, dim=1) * 48 + 128).round().clamp(0, 255).to(torch.uint8)[None]
+
+
+def spectrogram(bins: NDArray[np.float32] | None) -> torch.Tensor:
+    """A picture of filter banks (1, num_bins, up to 256) uint8: low tones below, 80 dB from black to white."""
     if bins is None:
         return torch.zeros(1, FBANK.num_bins, 1, dtype=torch.uint8)
     num_columns = min(_PICTURE_COLUMNS, bins.shape[1])
     starts = np.linspace(0, bins.shape[1], num_columns, endpoint=False).astype(int)
     bins = np.maximum.reduceat(bins, starts, axis=1)
-    picture = (bins[::-1] - bins.max()) * (10 / np.log(10)) / _PICTURE_DECIBELS + 1  # of energies
+    picture = (bins[::-1] - bins.max()) * (10 / np.log(10)) / _DECIBELS + 1  # of energies
     return torch.from_numpy((picture.clip(0, 1) * 255).astype(np.uint8))[None]
 
 
