@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_platform.modalities._wav import is_wav, read_wav
+from ssl_platform.optional import optional_package
 
 EXTENSIONS = ("wav", "flac", "ogg", "oga", "opus", "mp3", "m4a", "aac", "aif", "aiff", "au", "caf", "webm", "wma")
 MAX_VALUES = 1 << 28
@@ -132,12 +133,7 @@ def resample(sound: Sound, sample_rate: int) -> Sound:
 
 
 def package(name: str) -> Any:
-    from importlib import import_module
-
-    try:
-        return import_module(name)
-    except (ImportError, OSError) as error:  # soundfile raises OSError where libsndfile is missing
-        raise ValueError(f"sound needs the package {name}: pip install 'ssl-platform[audio]'") from error
+    return optional_package(name, f"sound needs the package {name}", "audio")
 
 
 def _kind_of(file: Any) -> str:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from ssl_platform.data.media import Content, Options
 from ssl_platform.data.sources import Item
+from ssl_platform.optional import optional_package
 
 MESHES = ("off", "obj", "ply", "stl", "glb")
 CLOUDS = ("txt", "xyz", "pts", "npy")
@@ -215,11 +216,7 @@ def _triangles(data: bytes, extension: str) -> tuple[NDArray[Any], NDArray[Any]]
 
 def import_trimesh() -> Any:
     """trimesh; raises ValueError with the fix if it is not installed."""
-    try:
-        import trimesh
-    except ImportError as error:
-        raise ValueError("meshes need trimesh: pip install 'ssl-platform[points]'") from error
-    return trimesh
+    return optional_package("trimesh", "meshes need trimesh", "points")
 
 
 def _check_counts(data: bytes, extension: str) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ssl_platform.data.media import Content, Options
 from ssl_platform.data.sources import Item
+from ssl_platform.optional import optional_package
 
 EXTENSIONS = ("avi", "mp4", "mkv", "mov", "webm")
 MAX_BYTES = 2**31
@@ -223,10 +224,7 @@ def check_packages() -> None:
 
 def import_av() -> Any:
     """PyAV; raises ValueError with the fix if it is not installed."""
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError("videos need PyAV: pip install 'ssl-platform[video]'") from error
+    av = optional_package("av", "videos need PyAV", "video")
     av.logging.set_level(None)  # damage is told by what is raised, not by lines that name no file
     return av
 
