@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ssl_platform.data.media import Content, Options
 from ssl_platform.data.sources import Item
+from ssl_platform.data.video_packets import cleaners
 from ssl_platform.optional import optional_package
 
 EXTENSIONS = ("avi", "mp4", "mkv", "mov", "webm")
@@ -206,16 +207,29 @@ def _remuxed(data: bytes, extension: str, kind: str) -> bytes:
     file = io.BytesIO()
     with _opened(data, extension) as source:
         stream = source.streams.video[0]
+        header = stream.codec_context.extradata or b""
+        cleaner = cleaners(stream.codec_context.codec.canonical_name, header)
         try:  # bitexact: no time, no random identifier, no version of the library
             with av.open(file, "w", format=_FORMATS[kind], options={"fflags": "+bitexact"}) as clean:
-                copy = clean.add_stream_from_template(stream)
+                copy = clean.add_stream_from_template(stream, opaque=True)  # by its parameters: no encoder is needed
+                if cleaner is not None and header:
+                    copy.codec_context.extradata = cleaner[1](header) or None
                 for packet in source.demux(stream):
-                    if packet.size:
+                    if packet.size and (packet := _without_texts(packet, cleaner)).size:
                         packet.stream = copy
                         clean.mux(packet)
-        except (av.FFmpegError, ValueError, OSError) as error:
+        except (av.FFmpegError, ValueError, OSError, IndexError) as error:
             raise ValueError(_reason(error)) from error
     return file.getvalue()
+
+
+def _without_texts(packet: Any, cleaner: Any) -> Any:
+    if cleaner is None:
+        return packet
+    clean = import_av().Packet(cleaner[0](bytes(packet)))
+    for name in ("pts", "dts", "time_base", "duration", "is_keyframe"):
+        setattr(clean, name, getattr(packet, name))
+    return clean
 
 
 def check_packages() -> None:
