@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl_platform.data.matroska import count_frames
 from ssl_platform.data.media import Content, Options
 from ssl_platform.data.sources import Item
 from ssl_platform.data.video_packets import cleaners
@@ -104,13 +105,14 @@ def _rgb(frame: Any) -> Frame:
 
 def _describe(data: bytes, extension: str) -> tuple[dict[str, Any], bytes]:
     """What a sample says of its video, and a digest of all its frames' pixels."""
-    if extension in ("mkv", "webm"):
-        _check_segment(data)
+    num_held = count_frames(data) if extension in ("mkv", "webm") else 0
     with _opened(data, extension) as container:
         stream = container.streams.video[0]
-        promised, codec = stream.frames, stream.codec_context.name
+        promised, codec = max(stream.frames, num_held), stream.codec_context.codec.canonical_name
         rate = stream.average_rate or stream.guessed_rate
         num_packets = sum(packet.size > 0 for packet in container.demux(stream)) if promised else 0
+    if num_packets < num_held:
+        raise ValueError(f"is damaged: {num_packets} of the {num_held} frames that it holds can be read")
     digest, num_frames, size = hashlib.blake2b(digest_size=16), 0, None
     for frame in _decoded(data, extension):
         if size not in (None, (frame.height, frame.width)):
@@ -161,28 +163,6 @@ def _decoded(data: bytes, extension: str) -> Iterator[Any]:
                 number += 1
         except av.FFmpegError as error:
             raise ValueError(f"frame {number} cannot be decoded: {_reason(error)}") from error
-
-
-def _check_segment(data: bytes) -> None:
-    """Raises ValueError if a Matroska file is shorter than the length that it begins with: FFmpeg reads what is left."""
-
-    def number(place: int) -> tuple[int, int, bool]:
-        """A length of EBML, where it ends, and whether it says "unknown"."""
-        first = data[place]
-        width = 9 - first.bit_length() if first else 9
-        value = int.from_bytes(data[place : place + width], "big") & ((1 << (7 * width)) - 1)
-        return value, place + width, value == (1 << (7 * width)) - 1
-
-    try:
-        length, start, _ = number(4)
-        segment = start + length
-        if data[segment : segment + 4] != b"\x18\x53\x80\x67":
-            return
-        length, start, unknown = number(segment + 4)
-    except IndexError:
-        raise ValueError("is truncated in its header") from None
-    if not unknown and start + length > len(data):
-        raise ValueError(f"is truncated: {len(data):,} of {start + length:,} bytes")
 
 
 # -- storing -----------------------------------------------------------------------------------------------------------
