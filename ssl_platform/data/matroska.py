@@ -60,13 +60,15 @@ def count_frames(data: bytes) -> int:
 
 
 def _element(data: bytes, place: int, limit: int) -> _Element:
-    width = 9 - data[place].bit_length() if place < limit else 9
+    if place >= limit:
+        raise ValueError("is truncated in its header")
+    width = 9 - data[place].bit_length()
     if width > 4:
         raise _damaged(place, "no element begins there")
     name = int.from_bytes(data[place : place + width], "big")
     length_at = place + width
     if length_at >= limit:
-        raise ValueError(f"is truncated: {len(data):,} bytes end within a header")
+        raise ValueError("is truncated in its header")
     size, start = _number(data, length_at)
     unknown = size == (1 << 7 * (start - length_at)) - 1
     if unknown and name not in (_SEGMENT, _CLUSTER):
@@ -80,10 +82,9 @@ def _element(data: bytes, place: int, limit: int) -> _Element:
 
 def _number(data: bytes, place: int) -> tuple[int, int]:
     """A number of variable length, and where it ends."""
-    first = data[place] if place < len(data) else 0
-    width = 9 - first.bit_length()
-    if first == 0 or place + width > len(data):
-        raise ValueError("is truncated in its header") if place >= len(data) else _damaged(place, "no number there")
+    width = 9 - data[place].bit_length() if place < len(data) else 9
+    if width > 8 or place + width > len(data):
+        raise _damaged(place, "expected a number")
     return int.from_bytes(data[place : place + width], "big") & ((1 << 7 * width) - 1), place + width
 
 
