@@ -4,12 +4,14 @@ import zlib
 from typing import NamedTuple
 
 _SEGMENT, _TRACKS, _CLUSTER, _CHECK_SUM = 0x18538067, 0x1654AE6B, 0x1F43B675, 0xBF
-_GROUP, _BLOCKS = 0xA0, (0xA3, 0xA1)  # a simple block; a block of a group
+_GROUP, _SIMPLE_BLOCK, _BLOCK, _VOID = 0xA0, 0xA3, 0xA1, 0xEC
 _IN_SEGMENT = {
-    _TRACKS, _CLUSTER, 0x114D9B74, 0x1549A966, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367, 0xEC, _CHECK_SUM,
+    _TRACKS, _CLUSTER, 0x114D9B74, 0x1549A966, 0x1C53BB6B, 0x1941A469, 0x1043A770, 0x1254C367, _VOID, _CHECK_SUM,
 }  # fmt: skip
-_IN_CLUSTER = {_GROUP, *_BLOCKS, 0xE7, 0x5854, 0xA7, 0xAB, 0xAF, 0xEC, _CHECK_SUM}
-_IN_GROUP = {*_BLOCKS, 0x75A1, 0x9B, 0xFA, 0xFB, 0xA4, 0x75A2, 0x8E, 0xA2, 0xFD, 0xC8, 0xAF, 0xEC, _CHECK_SUM}
+_IN_GROUP = {_BLOCK, 0x75A1, 0x9B, 0xFA, 0xFB, 0xA4, 0x75A2, 0x8E, 0xA2, 0xFD, 0xC8, 0xAF, _VOID, _CHECK_SUM}
+_SHORT = {0xE7, 0xA7, 0xAB, _CHECK_SUM}
+"""Time, position and the like: what is longer was a frame before its mark was damaged."""
+_IN_CLUSTER = {_GROUP, _SIMPLE_BLOCK, 0x5854, *_SHORT, _VOID}
 _TRACK, _TRACK_NUMBER, _TRACK_TYPE, _PICTURES = 0xAE, 0xD7, 0x83, 1
 
 
@@ -48,7 +50,11 @@ def count_frames(data: bytes) -> int:
             _check_sum(data, element)
             if element.id == _TRACKS:
                 tracks = _tracks(data, element)
-        elif element.id in (_GROUP, *_BLOCKS):
+        elif element.id in _SHORT and _end(element) - element.start > 8:
+            raise _damaged(place, f"element {element.id:X} is too long")
+        elif element.id == _VOID and any(data[element.start : _end(element)]):
+            raise _damaged(place, "a gap among the frames that is not empty")
+        elif element.id in (_GROUP, _SIMPLE_BLOCK):
             block = _block_of(data, element)
             number, start = _number(data, block.start)
             if number not in tracks or start + 3 > _end(block):
@@ -118,7 +124,7 @@ def _block_of(data: bytes, element: _Element) -> _Element:
     children = _children(data, element)
     if strangers := [one for one in children if one.id not in _IN_GROUP]:
         raise _damaged(strangers[0].start, f"element {strangers[0].id:X} does not belong there")
-    blocks = [one for one in children if one.id in _BLOCKS]
+    blocks = [one for one in children if one.id == _BLOCK]
     if len(blocks) != 1:
         raise _damaged(element.start, "a group without its frame")
     return blocks[0]
