@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from ssl_platform.data.matroska import count_frames
 from ssl_platform.data.media import Content, Options, video
@@ -105,6 +106,26 @@ def test_messages_of_h264_are_an_allow_list() -> None:
     assert with_lengths is not None
     with pytest.raises(ValueError, match="not made of whole units"):
         with_lengths[0](b"\0\0\0\x09\x65\x88")
+
+
+def test_two_fields_of_mjpeg_stay_and_a_thumbnail_goes() -> None:
+    found = cleaners("mjpeg", b"")
+    assert found is not None
+
+    def jpeg(height: int, seed: int) -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(frames(1, seed, height, 32)[0]).save(file, format="JPEG", comment=TEXT)
+        data = file.getvalue()
+        return data[:2] + b"\xff\xe0\0\x10AVI1\1\0" + bytes(8) + data[2:]
+
+    first, second, thumbnail = jpeg(16, 0), jpeg(16, 1), jpeg(8, 2)
+    cleaned = [found[0](field) for field in (first, second)]
+    assert all(TEXT not in field and b"AVI1\1" in field for field in cleaned)
+    assert found[0](first + bytes(3) + second + thumbnail + TEXT) == b"".join(cleaned)
+    assert found[0](first + thumbnail) == cleaned[0]
+    assert found[0](first[:-2]) == cleaned[0], "a frame without its end mark is given one"
+    with pytest.raises(ValueError, match="ends within a header"):
+        found[0](first[:30])
 
 
 def test_a_codec_that_may_hold_anything_is_refused() -> None:

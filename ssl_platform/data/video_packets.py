@@ -32,6 +32,9 @@ _ENCODER = re.compile(rb"(DivX\d{1,4}(b|Build)\d{1,5}p?|XviD\d{1,4}C?|Lavc\d{1,3
 _JPEG_COMMENTS = (b"CS=ITU601", b"Intel(R) JPEG Library, version 1", b"Metasoft MJPEG Codec")
 """Comments that change how FFmpeg decodes a frame."""
 
+_JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
+"""Markers of the segments that say height and width."""
+
 
 def cleaners(codec: str, header: bytes) -> tuple[Cleaner, Cleaner] | None:
     """What cleans the packets of a codec (FFmpeg's name), and its header (`extradata`); None if there is nothing to.
@@ -67,6 +70,8 @@ def _of_units(codec: str, header: bytes) -> tuple[Cleaner, Cleaner]:
     by_codes: Cleaner = lambda data: b"".join(b"\0\0\0\1" + kept for one in _split(data) if (kept := unit(one)))  # noqa: E731
     if header[:1] != b"\1":
         return by_codes, by_codes
+    if len(header) < 23 and codec == "hevc":
+        raise ValueError("its header is cut off")
     size = (header[4 if codec == "h264" else 21] & 3) + 1
 
     def by_lengths(data: bytes) -> bytes:
@@ -164,14 +169,17 @@ def _av1(data: bytes) -> bytes:
 
 
 def _mjpeg(data: bytes) -> bytes:
-    """One picture, or the two fields of an interlaced one, without what lies between and behind them."""
-    kept, place = [], data.find(b"\xff\xd8")
+    """One picture, or the two fields of an interlaced one, which are of one size; a camera's thumbnail is not."""
+    kept, place, size = list[bytes](), data.find(b"\xff\xd8"), b""
     if place < 0:
         raise ValueError("a packet of MJPEG without a picture")
     try:
         while place >= 0:
             pieces, place = jpeg_image(data, place, _mjpeg_segment, needs_end=False)
-            kept += pieces
+            own = next((piece[5:9] for piece in pieces if piece[1] in _JPEG_FRAMES), b"")
+            if kept and own != size:
+                break
+            kept, size = [*kept, *pieces], own
             place = data.find(b"\xff\xd8\xff", place)
     except (IndexError, struct.error) as error:
         raise ValueError("a packet of MJPEG that ends within a header") from error

@@ -38,6 +38,7 @@ def load(item: Item, options: Options) -> Content:
     extension = container_of(data)
     about, frames_digest = _describe(data, extension)
     if not options.keep_metadata:
+        cleaners(about["codec"], b"")  # of a codec that nobody can clean, nothing else is to be said
         data, extension = _clean(data, extension, frames_digest)
     return Content(data, extension, measured(data, extension, about["num_frames"]), about)
 
