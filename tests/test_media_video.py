@@ -217,6 +217,24 @@ def test_matroska_of_any_writer_is_read(options: dict[str, str], tmp_path: Path)
     assert count_frames(bytes(data)) == 9 and load(path).about["num_frames"] == 9
 
 
+def test_gaps_of_matroska_may_hold_anything_but_not_among_frames(tmp_path: Path) -> None:
+    data = write_clip(tmp_path / "clip.webm", frames(3), "libvpx-vp9").read_bytes()
+    gap, start, cluster = b"\xec\x84left", data.index(b"\x18\x53\x80\x67") + 4, data.index(b"\x1f\x43\xb6\x75")
+    assert data[start] == 1, "eight bytes of length"
+    data = data[:start] + b"\x01" + b"\xff" * 7 + data[start + 8 :]
+    assert count_frames(data[:cluster] + gap + data[cluster:]) == 3
+    open_end = data[:cluster] + b"\x1f\x43\xb6\x75\xff" + data[cluster + 4 + 9 - data[cluster + 4].bit_length() :]
+    assert count_frames(open_end) == 3
+    time = cluster + 5
+    assert count_frames(open_end[:time] + b"\xec\x84" + bytes(4) + open_end[time:]) == 3
+    with pytest.raises(ValueError, match="a gap among the frames that is not empty"):
+        count_frames(open_end[:time] + gap + open_end[time:])
+    with pytest.raises(ValueError, match=r"a frame of track 5, and there are \[1\]"):
+        count_frames(open_end[:time] + b"\xa3\x85\x85\0\0\0x" + open_end[time:])
+    empty = b"\xa3\x84\x81\0\0\0"
+    assert count_frames(open_end[:time] + empty + open_end[time:]) == 3, "some muxers say so that a frame stays"
+
+
 def test_check_sums_of_matroska_are_checked(tmp_path: Path) -> None:
     path = write_clip(tmp_path / "clip.mkv", frames(3))
     data = bytearray(path.read_bytes())

@@ -26,8 +26,8 @@ class _Element(NamedTuple):
 def count_frames(data: bytes) -> int:
     """How many frames of the first track of pictures a file holds, by walking through all of its elements.
 
-    Raises ValueError if one is cut off, is not known, does not end where what holds it ends, or has another check sum
-    than it says, so that no damage of the structure is passed over.
+    Raises ValueError if one is cut off, is not known, does not end where what holds it ends, or if tracks or frames have
+    another check sum than they say, so that no damage of the structure is passed over.
     """
     place = 0
     while (element := _element(data, place, len(data))).id != _SEGMENT:
@@ -46,21 +46,22 @@ def count_frames(data: bytes) -> int:
             cluster, place = element, element.start
             _check_sum(data, element)
             continue
-        if cluster is None:
-            _check_sum(data, element)
-            if element.id == _TRACKS:
-                tracks = _tracks(data, element)
+        if element.id == _TRACKS:
+            _check_sum(data, element)  # tags are rewritten by programs that leave theirs
+            tracks = _tracks(data, element)
         elif element.id in _SHORT and _end(element) - element.start > 8:
             raise _damaged(place, f"element {element.id:X} is too long")
-        elif element.id == _VOID and any(data[element.start : _end(element)]):
+        elif cluster is not None and element.id == _VOID and any(data[element.start : _end(element)]):
             raise _damaged(place, "a gap among the frames that is not empty")
         elif element.id in (_GROUP, _SIMPLE_BLOCK):
             block = _block_of(data, element)
             number, start = _number(data, block.start)
-            if number not in tracks or start + 3 > _end(block):
+            body = start + 3  # behind time and flags
+            if number not in tracks or body > _end(block):
                 raise _damaged(place, f"a frame of track {number}, and there are {sorted(tracks)}")
-            lacing = data[start + 2] & 6
-            num_frames[number] = num_frames.get(number, 0) + (data[start + 3] + 1 if lacing else 1)
+            is_laced = data[start + 2] & 6  # several frames, whose number the next byte says
+            held = 0 if body == _end(block) else data[body] + 1 if is_laced else 1
+            num_frames[number] = num_frames.get(number, 0) + held
         place = _end(element)
     return next((num_frames.get(number, 0) for number, kind in tracks.items() if kind == _PICTURES), 0)
 

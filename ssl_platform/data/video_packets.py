@@ -7,6 +7,7 @@ it go, known or not. A codec that is not named here is refused, because its pack
 import re
 import struct
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 
 from ssl_platform.data.metadata import jpeg_image, jpeg_segment, without_metadata
@@ -31,7 +32,6 @@ _ENCODER = re.compile(rb"(DivX\d{1,4}(b|Build)\d{1,5}p?|XviD\d{1,4}C?|Lavc\d{1,3
 """User data of MPEG-4 by which decoders know an encoder's faults and its inverse transform."""
 _JPEG_COMMENTS = (b"CS=ITU601", b"Intel(R) JPEG Library, version 1", b"Metasoft MJPEG Codec")
 """Comments that change how FFmpeg decodes a frame."""
-
 _JPEG_FRAMES = {*range(0xC0, 0xD0)} - {0xC4, 0xC8, 0xCC}
 """Markers of the segments that say height and width."""
 
@@ -48,11 +48,9 @@ def cleaners(codec: str, header: bytes) -> tuple[Cleaner, Cleaner] | None:
     if codec == "av1":
         return _av1, lambda data: data[:4] + _av1(data[4:]) if data[:1] == b"\x81" else _av1(data)
     if codec == "mpeg4":
-        clean = lambda data: _USER_DATA.sub(lambda found: found[0] if _ENCODER.fullmatch(found[1]) else b"", data)  # noqa: E731
-        return clean, clean
+        return (partial(_USER_DATA.sub, _known_encoder),) * 2
     if codec in ("mpeg1video", "mpeg2video"):
-        clean = lambda data: _USER_DATA.sub(b"", data)  # noqa: E731
-        return clean, clean
+        return (partial(_USER_DATA.sub, b""),) * 2
     if codec in ("mjpeg", "png"):
         return _mjpeg if codec == "mjpeg" else _png, lambda _: b""
     raise ValueError(
@@ -67,7 +65,10 @@ def cleaners(codec: str, header: bytes) -> tuple[Cleaner, Cleaner] | None:
 def _of_units(codec: str, header: bytes) -> tuple[Cleaner, Cleaner]:
     """Units stand behind start codes, or behind their lengths where the header says of how many bytes these are."""
     unit = _h264_unit if codec == "h264" else _hevc_unit
-    by_codes: Cleaner = lambda data: b"".join(b"\0\0\0\1" + kept for one in _split(data) if (kept := unit(one)))  # noqa: E731
+
+    def by_codes(data: bytes) -> bytes:
+        return b"".join(b"\0\0\0\1" + kept for one in _split(data) if (kept := unit(one)))
+
     if header[:1] != b"\1":
         return by_codes, by_codes
     if len(header) < 23 and codec == "hevc":
@@ -143,6 +144,10 @@ def _hevc_header(header: bytes) -> bytes:
 
 
 # -- others ------------------------------------------------------------------------------------------------------------
+
+
+def _known_encoder(user_data: re.Match[bytes]) -> bytes:
+    return user_data[0] if _ENCODER.fullmatch(user_data[1]) else b""
 
 
 def _av1(data: bytes) -> bytes:
