@@ -44,3 +44,46 @@ def decoded(data: bytes) -> NDArray[np.uint8]:
 
     with av.open(io.BytesIO(data)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+TEXT = b"Sonja Wanderer"
+"""Written among the pictures by `with_texts`."""
+
+
+def with_texts(path: Path, codec: str) -> Path:
+    """The clip with names inside each packet, as encoders, cameras and captions write them; the pictures are the same."""
+    import av
+
+    whole = path.with_name(f"texts-{path.name}")
+    with av.open(str(path)) as source, av.open(str(whole), "w") as target:
+        stream = source.streams.video[0]
+        copy = target.add_stream_from_template(stream, opaque=True)
+        header = stream.codec_context.extradata or b""
+        for packet in source.demux(stream):
+            if packet.size:
+                clean = av.Packet(_texted(bytes(packet), codec, has_lengths=header[:1] == b"\1"))
+                for name in ("pts", "dts", "time_base", "duration", "is_keyframe"):
+                    setattr(clean, name, getattr(packet, name))
+                clean.stream = copy
+                target.mux(clean)
+    return whole
+
+
+def _texted(data: bytes, codec: str, has_lengths: bool) -> bytes:
+    if codec == "mjpeg":
+        segments = b"".join(
+            b"\xff" + marker + (len(body) + 2).to_bytes(2, "big") + body
+            for marker, body in ((b"\xfe", TEXT), (b"\xe1", b"Exif\0\0" + TEXT), (b"\xec", TEXT))
+        )
+        return data[:2] + segments + data[2:] + TEXT
+    if codec in ("mpeg4", "mpeg2video"):
+        first = data.index(b"\0\0\1\xb6" if codec == "mpeg4" else b"\0\0\1\1")
+        return data[:first] + b"\0\0\1\xb2" + TEXT + data[first:]
+    if codec == "libsvtav1":
+        body = b"\4" + TEXT + b"\x80"  # ITU-T T.35
+        return bytes([5 << 3 | 2, len(body)]) + body + data
+    messages = b"".join(bytes([kind, 16 + len(TEXT)]) + b"\xb5" * 16 + TEXT for kind in (4, 5)) + b"\x80"
+    units = [b"\6" + messages, b"\x1f" + TEXT] if codec == "libx264" else [b"\x4e\1" + messages, b"\x7e\1" + TEXT]
+    if has_lengths:
+        return b"".join(len(unit).to_bytes(4, "big") + unit for unit in units) + data
+    return b"".join(b"\0\0\0\1" + unit for unit in units) + data

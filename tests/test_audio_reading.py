@@ -4,6 +4,7 @@ import io
 import struct
 import subprocess
 import sys
+import tempfile
 import tracemalloc
 from typing import Any
 
@@ -116,6 +117,74 @@ def test_a_streamed_wav_is_read_to_its_end() -> None:
 def test_bad_files_are_refused_in_words(data: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         decode_audio(data)
+
+
+def sound(kind: str, subtype: str = "PCM_16", endian: str = "FILE") -> bytes:
+    file = io.BytesIO()
+    soundfile.write(file, tone(), RATE, format=kind, subtype=subtype, endian=endian)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "subtype", "endian", "size"),
+    [
+        ("AIFF", "PCM_16", "FILE", 32_008), ("AIFF", "FLOAT", "FILE", 64_008), ("AIFF", "PCM_16", "LITTLE", 32_008),
+        ("AU", "PCM_16", "FILE", 32_000), ("RF64", "PCM_24", "FILE", 48_000), ("WAV", "PCM_16", "BIG", 32_000),
+        ("CAF", "PCM_16", "FILE", 32_004),
+    ],
+)  # fmt: skip
+def test_cut_off_files_without_compression_are_refused(kind: str, subtype: str, endian: str, size: int) -> None:
+    data = sound(kind, subtype, endian)
+    assert decode_audio(data).samples.shape == decode_audio(data + bytes(999)).samples.shape == (2, 8000)
+    for length in (len(data) - 1, len(data) // 2, len(data) // 4, 5000):
+        there = length - (len(data) - size)
+        with pytest.raises(ValueError, match=f"truncated: the header says {size} bytes of samples, there are {there}"):
+            decode_audio(data[:length])
+    for length in range(12, 100, 3):
+        with pytest.raises(ValueError, match="truncated|cut off within its header|holds no samples"):
+            decode_audio(data[:length])
+
+
+def test_streamed_au_and_rf64_are_read_to_their_end() -> None:
+    au = bytearray(sound("AU"))
+    au[8:12] = b"\xff" * 4
+    np.testing.assert_array_equal(decode_audio(bytes(au)).samples, decode_audio(sound("AU")).samples)
+    assert decode_audio(bytes(au[:16_024])).samples.shape == (2, 4000), "nobody can tell"
+
+
+def test_a_flac_file_that_was_cut_off_and_filled_with_zeros_is_refused() -> None:
+    data = written("FLAC")
+    frames = [found for found in range(90, len(data)) if data[found : found + 2] == b"\xff\xf8"]
+    assert len(frames) == 1, "the second of two"
+    for length in (len(data) // 2, len(data) - 1, len(data) - 100, *frames):
+        for zeros in (0, 3, len(data) - length, 5000):
+            with pytest.raises(ValueError, match="cannot be decoded as flac|holds no samples|truncated"):
+                decode_audio(data[:length] + bytes(zeros))
+
+
+def test_damaged_mp3_writes_nothing_and_others_are_heard() -> None:
+    code = """
+import os, sys
+from ssl_platform.modalities._audio import decode_audio, read_info
+from ssl_platform.modalities._quiet import without_decoder_notes
+data = open(sys.argv[1], "rb").read()
+cut, junk, hole = data[:3000] + bytes(3000), data[:300] + b"junk" * 50 + data[300:], data[:2000] + bytes(200) + data[2200:]
+for damaged in (cut, junk, hole):
+    for function in (read_info, decode_audio):
+        try:
+            function(damaged)
+        except ValueError:
+            pass
+with without_decoder_notes():
+    os.write(2, b"Note: Trying to resync...\\nsomebody else\\n")
+os.write(2, b"the end")
+"""
+    with tempfile.NamedTemporaryFile(suffix=".mp3") as file:
+        file.write(written("MP3"))
+        file.flush()
+        command = [sys.executable, "-c", code, file.name]
+        found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    assert found.stderr == "somebody else\nthe end"
 
 
 def test_a_segment_beyond_the_end_is_refused() -> None:

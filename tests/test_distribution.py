@@ -244,6 +244,19 @@ def test_joined_statistics_are_those_of_all_values() -> None:
     )
 
 
+def test_a_channel_that_never_changes_has_a_std_to_divide_by(caplog: pytest.LogCaptureFixture) -> None:
+    rng = np.random.default_rng(2)
+    banks = rng.normal(-6, 3, (4, 100_000)).astype(np.float32)
+    banks[1] = np.log(np.float32(2**-23))  # the floor
+    measured = statistics_of(banks, banks[:, :777])
+    assert 0 <= measured["std"][1] < 1e-5 and "never change" not in caplog.text
+    found = used(measured)
+    assert found["std"] == [measured["std"][0], 1.0, *measured["std"][2:]] and found["mean"] == measured["mean"]
+    assert "1 of 4 channels never change: 1; their std counts as 1" in caplog.text
+    dark = {"mean": [0.0, 1e-4, 0.0], "std": [0.0, 1e-6, 1e-4]}
+    assert used(dark)["std"] == [1.0, 1e-6, 1e-4], "dark pixels of 16 bits are no constant"
+
+
 def test_without_the_distribution_of_one_there_are_no_percentiles() -> None:
     new = statistics_of(np.arange(6, dtype=np.uint8).reshape(1, 6))
     old = {key: new[key] for key in ("mean", "std", "pixels")}

@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    {"config", "distributed", "location"},
+    {"config", "distributed", "location", "optional"},
     {"log", "optim", "views", "patch_embed", "progress"},
     {"masks", "backbones", "heads", "checkpoint", "run_lock"},
     {"modalities"},

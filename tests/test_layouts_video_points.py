@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from ssl_platform.data.pack import main
-from tests.clips import NAMES, frames, write_clip
+from tests.clips import NAMES, TEXT, frames, with_texts, write_clip
 
 OFF = "OFF\n4 4 0\n0 0 0\n1 0 0\n0 1 0\n0 0 1\n3 0 1 2\n3 0 1 3\n3 0 2 3\n3 1 2 3\n"
 OBJ = "mtllib model.mtl\nv 0 0 0\nv 1 0 0\nv 0 1 0\nf 1 2 3\n"
@@ -242,12 +242,13 @@ def test_names_are_nowhere_but_in_the_look_up(tmp_path: Path, capsys: pytest.Cap
     )
     write(clips / "VolumeTracings.csv", "FileName,X1,Y1,X2,Y2,Frame\nJaneDoe1.avi,1,2,3,4,1\n")
     for number in (1, 2):
-        write_clip(clips / "Videos" / f"JaneDoe{number}.avi", frames(4, number))
+        plain = write_clip(clips / "Videos" / f"JaneDoe{number}.avi", frames(4, number))
+        with_texts(plain, "mjpeg").replace(plain)
     clouds = tmp_path / "JaneDoe" / "clouds"
     for number in (1, 2):
         comment = "OFF\n# scanned from Jane Doe by Dr Smith"
         write(clouds / "sofa" / "train" / f"JaneDoe{number}.off", OFF.replace("OFF", comment))
-    names = (*NAMES, b"JaneDoe", b"Jane")
+    names = (*NAMES, TEXT, b"JaneDoe", b"Jane")
     for command, folder in (("echonet-dynamic", clips), ("modelnet40", clouds)):
         out, report = tmp_path / f"out-{command}", tmp_path / f"report-{command}"
         capsys.readouterr()

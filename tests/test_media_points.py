@@ -4,6 +4,7 @@ import builtins
 import io
 import json
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,14 +206,7 @@ def test_too_large_a_file_or_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = builtins.__import__
-
-    def refuse(name: str, *rest: Any, **more: Any) -> Any:
-        if name == "trimesh":
-            raise ImportError(name)
-        return real(name, *rest, **more)
-
-    monkeypatch.setattr(builtins, "__import__", refuse)
+    monkeypatch.setitem(sys.modules, "trimesh", None)
     assert "pip install 'ssl-platform[points]'" in reason(tmp_path, "a.off", off())
 
 

@@ -14,6 +14,8 @@ logger = logging.getLogger(__name__)
 PERCENTILES = (0.1, 1, 5, 25, 50, 75, 95, 99, 99.9)
 _SHOWN = ("1", "50", "99")
 _MOST_SHOWN = 8
+_CONSTANT = 1e-5
+"""Of the mean; sums of squares in float64 leave a hundredth of it where a channel has one value."""
 
 
 class Tally:
@@ -66,8 +68,23 @@ def joined(several: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 
 def used(statistics: Mapping[str, Any]) -> dict[str, Any]:
-    """What of the index's statistics a modality is built with, and checkpoints and exports carry."""
-    return {key: statistics[key] for key in ("mean", "std", "percentiles", "of") if statistics.get(key)}
+    """What of the index's statistics a modality is built with, and checkpoints and exports carry.
+
+    A channel that never changes (a filter bank between two lines of the spectrum, always at its floor) has a std of 0 or
+    what rounding leaves of it; divided by that, its first other value would be millions. It counts as 1, so that the
+    channel is centred and nothing more.
+    """
+    kept = {key: statistics[key] for key in ("mean", "std", "percentiles", "of") if statistics.get(key)}
+    pairs = zip(statistics["mean"], statistics["std"], strict=True)
+    constant = [channel for channel, (mean, std) in enumerate(pairs) if std <= _CONSTANT * abs(mean)]
+    if constant:
+        kept["std"] = [1.0 if channel in constant else std for channel, std in enumerate(statistics["std"])]
+        level = logging.INFO if statistics.get("of") else logging.WARNING  # one of 128 filter banks is no news
+        named = ", ".join(map(str, constant[:_MOST_SHOWN])) + ", ..." * (len(constant) > _MOST_SHOWN)
+        logger.log(
+            level, f"{len(constant)} of {len(kept['std'])} channels never change: {named}; their std counts as 1"
+        )
+    return kept
 
 
 def channel_line(statistics: Mapping[str, Any] | None) -> str:

@@ -8,6 +8,7 @@ import io
 import re
 import struct
 import zlib
+from collections.abc import Callable
 
 from PIL import Image
 
@@ -35,37 +36,50 @@ def without_metadata(data: bytes) -> tuple[bytes, str] | None:
 
 
 def _jpeg(data: bytes) -> bytes:
-    kept, position = [b"\xff\xd8"], 2
+    kept, _ = jpeg_image(data, 0, jpeg_segment)  # what follows the end of the image are other images, or anything
+    if orientation := _orientation(data):
+        has_jfif = kept[1].startswith(b"\xff\xe0")  # which comes first
+        kept.insert(1 + has_jfif, _jpeg_bytes(0xE1, b"Exif\0\0" + _exif(orientation)))
+    return b"".join(kept)
+
+
+def jpeg_image(
+    data: bytes, position: int, wanted: Callable[[int, bytes], bytes | None], *, needs_end: bool = True
+) -> tuple[list[bytes], int]:
+    """The pieces of the JPEG image at `position`, its segments as `wanted(marker, segment)` leaves them (None: not at
+    all), and where it ends. Raises ValueError, IndexError or struct.error if it is damaged.
+
+    Without `needs_end` it may end with its compressed pixels, as frames of videos do; it is given its end mark.
+    """
+    kept, position = [b"\xff\xd8"], position + 2
     while True:
         if data[position] != 0xFF:
             raise ValueError("expected a marker")
         while data[position + 1] == 0xFF:  # fill bytes
             position += 1
         marker = data[position + 1]
-        if marker == 0xD9:  # what follows the end of the image are other images, or anything
-            break
+        if marker == 0xD9:
+            return [*kept, b"\xff\xd9"], position + 2
         (length,) = struct.unpack_from(">H", data, position + 2)
         segment = data[position + 4 : position + 2 + length]
         position += 2 + length
-        if (wanted := _jpeg_segment(marker, segment)) is not None:
-            kept.append(_jpeg_bytes(marker, wanted))
+        if (found := wanted(marker, segment)) is not None:
+            kept.append(_jpeg_bytes(marker, found))
         if marker == 0xDA:  # compressed pixels follow
-            found = _NEXT_MARKER.search(data, position)
-            if found is None:
+            end = _NEXT_MARKER.search(data, position)
+            if end is None and needs_end:
                 raise ValueError("no end of image")
-            kept.append(data[position : found.start()])
-            position = found.start()
-    if orientation := _orientation(data):
-        has_jfif = kept[1].startswith(b"\xff\xe0")  # which comes first
-        kept.insert(1 + has_jfif, _jpeg_bytes(0xE1, b"Exif\0\0" + _exif(orientation)))
-    return b"".join([*kept, b"\xff\xd9"])
+            kept.append(data[position : end.start() if end else len(data)])
+            if end is None:
+                return [*kept, b"\xff\xd9"], len(data)
+            position = end.start()
 
 
 def _jpeg_bytes(marker: int, segment: bytes) -> bytes:
     return struct.pack(">BBH", 0xFF, marker, len(segment) + 2) + segment
 
 
-def _jpeg_segment(marker: int, segment: bytes) -> bytes | None:
+def jpeg_segment(marker: int, segment: bytes) -> bytes | None:
     """What is kept of a segment: tables and headers; of application data, what tells how colours are stored."""
     if marker == 0xE0 and segment.startswith(b"JFIF\0"):
         return segment[:12] + b"\0\0"  # without the thumbnail

@@ -6,13 +6,17 @@ Samples are (channels, samples) float32, nominally in [-1, 1].
 import io
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ssl_platform.modalities._quiet import without_decoder_notes
+from ssl_platform.modalities._sound_length import check_length
 from ssl_platform.modalities._wav import is_wav, read_wav
+from ssl_platform.optional import optional_package
 
 EXTENSIONS = ("wav", "flac", "ogg", "oga", "opus", "mp3", "m4a", "aac", "aif", "aiff", "au", "caf", "webm", "wma")
 MAX_VALUES = 1 << 28
@@ -84,7 +88,8 @@ def read_info(source: bytes | Path) -> AudioInfo:
     """The header of a file or of its bytes, without decoding it; raises ValueError or OSError with the reason."""
     with source.open("rb") if isinstance(source, Path) else io.BytesIO(source) as file:
         kind = _kind_of(file)
-        return _info(file, kind)
+        with _quietly(kind):
+            return _info(file, kind)
 
 
 def decode_audio(data: bytes, start: float = 0.0, stop: float | None = None) -> Sound:
@@ -97,6 +102,12 @@ def decode_audio(data: bytes, start: float = 0.0, stop: float | None = None) -> 
     kind = _kind_of(file)
     if is_wav(data) and (wav := read_wav(data)) is not None:
         file = io.BytesIO(wav.encode())  # with a length that is true
+    check_length(data)
+    with _quietly(kind):
+        return _decode(file, kind, start, stop)
+
+
+def _decode(file: Any, kind: str, start: float, stop: float | None) -> Sound:
     info = _info(file, kind)
     if not (start >= 0 and (stop is None or start < stop)):
         raise ValueError(f"a segment from {start} to {stop} seconds: expected 0 <= start < stop")
@@ -132,12 +143,11 @@ def resample(sound: Sound, sample_rate: int) -> Sound:
 
 
 def package(name: str) -> Any:
-    from importlib import import_module
+    return optional_package(name, f"sound needs the package {name}", "audio")
 
-    try:
-        return import_module(name)
-    except (ImportError, OSError) as error:  # soundfile raises OSError where libsndfile is missing
-        raise ValueError(f"sound needs the package {name}: pip install 'ssl-platform[audio]'") from error
+
+def _quietly(kind: str) -> AbstractContextManager[None]:
+    return without_decoder_notes() if kind == "mp3" else nullcontext()
 
 
 def _kind_of(file: Any) -> str:

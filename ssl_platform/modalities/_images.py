@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from ssl_platform.optional import optional_package
+
 EXTENSIONS = ("jpg", "jpeg", "png", "tif", "tiff", "bmp", "webp", "npy")
 MAX_PIXELS = 178_956_970
 """Larger images are refused before they are decoded (Pillow's own limit): a small file can claim any size."""
@@ -123,10 +125,7 @@ def _formats() -> list[str]:
 
 def _decode_deep_png(data: bytes) -> tuple[Tensor, bool]:
     """Colours of 16 bits, of which Pillow keeps the upper half (and torchvision crashes if the file is damaged)."""
-    try:
-        import imagecodecs
-    except ModuleNotFoundError:
-        raise ValueError("a PNG of 16-bit colours needs imagecodecs: pip install 'ssl-platform[image]'") from None
+    imagecodecs = optional_package("imagecodecs", "a PNG of 16-bit colours needs imagecodecs", "image")
     pixels = _as_tensor(np.moveaxis(np.atleast_3d(imagecodecs.png_decode(data)), -1, 0))
     return pixels, pixels.shape[0] in (2, 4)
 
@@ -139,10 +138,7 @@ def _needs_tifffile(image: Image.Image) -> bool:
 
 
 def _decode_tifffile(data: bytes) -> tuple[Tensor, bool]:
-    try:
-        import tifffile
-    except ModuleNotFoundError:
-        raise ValueError("a TIFF of this kind needs tifffile: pip install 'ssl-platform[image]'") from None
+    tifffile = optional_package("tifffile", "a TIFF of this kind needs tifffile", "image")
     _check_pages(data)
     logging.getLogger("tifffile").setLevel(logging.CRITICAL + 1)  # a line for each wrong tag, without the file's name
     with tifffile.TiffFile(io.BytesIO(data)) as file:
@@ -156,7 +152,7 @@ def _decode_tifffile(data: bytes) -> tuple[Tensor, bool]:
             )
         if series.size > 4 * MAX_PIXELS:
             raise ValueError(f"{series.size:,} values, the limit is {4 * MAX_PIXELS:,}")
-        has_alpha = any(kind in (1, 2) for kind in file.pages[0].extrasamples)  # type: ignore[union-attr]
+        has_alpha = any(kind in (1, 2) for kind in file.pages[0].extrasamples)
         array = series.asarray()
         if not sizes:
             array = array[None]

@@ -11,6 +11,7 @@ import numpy as np
 from ssl_platform.data.items import Item
 from ssl_platform.data.media import Content, Options
 from ssl_platform.data.media.image import encode
+from ssl_platform.optional import optional_package
 
 _open: dict[tuple[int, Path], Any] = {}
 """The file that this process read last; its handle is not to be used by processes forked later."""
@@ -48,12 +49,7 @@ def opened(path: Path) -> Iterator[Any]:
 
 def open_file(path: Path) -> Any:
     """An h5py.File to be read; raises ValueError that names the file and the fix."""
-    try:
-        import h5py
-    except ImportError as error:
-        raise ValueError(
-            f"{path}: HDF5 files need h5py ({error}); install it with pip install 'ssl-platform[h5]'"
-        ) from error
+    h5py = optional_package("h5py", f"{path}: HDF5 files need h5py", "h5")
     try:
         return h5py.File(path, "r")
     except OSError as error:

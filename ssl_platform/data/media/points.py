@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from ssl_platform.data.items import Item
 from ssl_platform.data.media import Content, Look, Options
+from ssl_platform.optional import optional_package
 
 PLURAL = "point clouds"
 MESHES = ("off", "obj", "ply", "stl", "glb")
@@ -232,11 +233,7 @@ def _triangles(data: bytes, extension: str) -> tuple[NDArray[Any], NDArray[Any]]
 
 def import_trimesh() -> Any:
     """trimesh; raises ValueError with the fix if it is not installed."""
-    try:
-        import trimesh
-    except ImportError as error:
-        raise ValueError("meshes need trimesh: pip install 'ssl-platform[points]'") from error
-    return trimesh
+    return optional_package("trimesh", "meshes need trimesh", "points")
 
 
 def _check_counts(data: bytes, extension: str) -> None:

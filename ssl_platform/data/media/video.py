@@ -10,7 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from ssl_platform.data.items import Item
+from ssl_platform.data.matroska import count_frames
 from ssl_platform.data.media import Content, Look, Options
+from ssl_platform.data.video_packets import cleaners
+from ssl_platform.optional import optional_package
 
 PLURAL = "videos"
 EXTENSIONS = ("avi", "mp4", "mkv", "mov", "webm")
@@ -38,6 +41,7 @@ def load(item: Item, options: Options) -> Content:
     extension = container_of(data)
     about, frames_digest = _describe(data, extension)
     if not options.keep_metadata:
+        cleaners(about["codec"], b"")  # of a codec that nobody can clean, nothing else is to be said
         data, extension = _clean(data, extension, frames_digest)
     return Content(data, extension, measured(data, extension, about["num_frames"]), about)
 
@@ -123,13 +127,14 @@ def _rgb(frame: Any) -> Frame:
 
 def _describe(data: bytes, extension: str) -> tuple[dict[str, Any], bytes]:
     """What a sample says of its video, and a digest of all its frames' pixels."""
-    if extension in ("mkv", "webm"):
-        _check_segment(data)
+    num_held = count_frames(data) if extension in ("mkv", "webm") else 0
     with _opened(data, extension) as container:
         stream = container.streams.video[0]
-        promised, codec = stream.frames, stream.codec_context.name
+        promised, codec = max(stream.frames, num_held), stream.codec_context.codec.canonical_name
         rate = stream.average_rate or stream.guessed_rate
         num_packets = sum(packet.size > 0 for packet in container.demux(stream)) if promised else 0
+    if num_packets < num_held:
+        raise ValueError(f"is damaged: {num_packets} of the {num_held} frames that it holds can be read")
     digest, num_frames, size = hashlib.blake2b(digest_size=16), 0, None
     for frame in _decoded(data, extension):
         if size not in (None, (frame.height, frame.width)):
@@ -182,28 +187,6 @@ def _decoded(data: bytes, extension: str) -> Iterator[Any]:
             raise ValueError(f"frame {number} cannot be decoded: {_reason(error)}") from error
 
 
-def _check_segment(data: bytes) -> None:
-    """Raises ValueError if a Matroska file is shorter than the length that it begins with: FFmpeg reads what is left."""
-
-    def number(place: int) -> tuple[int, int, bool]:
-        """A length of EBML, where it ends, and whether it says "unknown"."""
-        first = data[place]
-        width = 9 - first.bit_length() if first else 9
-        value = int.from_bytes(data[place : place + width], "big") & ((1 << (7 * width)) - 1)
-        return value, place + width, value == (1 << (7 * width)) - 1
-
-    try:
-        length, start, _ = number(4)
-        segment = start + length
-        if data[segment : segment + 4] != b"\x18\x53\x80\x67":
-            return
-        length, start, unknown = number(segment + 4)
-    except IndexError:
-        raise ValueError("is truncated in its header") from None
-    if not unknown and start + length > len(data):
-        raise ValueError(f"is truncated: {len(data):,} of {start + length:,} bytes")
-
-
 # -- storing -----------------------------------------------------------------------------------------------------------
 
 
@@ -226,16 +209,29 @@ def _remuxed(data: bytes, extension: str, kind: str) -> bytes:
     file = io.BytesIO()
     with _opened(data, extension) as source:
         stream = source.streams.video[0]
+        header = stream.codec_context.extradata or b""
+        cleaner = cleaners(stream.codec_context.codec.canonical_name, header)
         try:  # bitexact: no time, no random identifier, no version of the library
             with av.open(file, "w", format=_FORMATS[kind], options={"fflags": "+bitexact"}) as clean:
-                copy = clean.add_stream_from_template(stream)
+                copy = clean.add_stream_from_template(stream, opaque=True)  # by its parameters: no encoder is needed
+                if cleaner is not None and header:
+                    copy.codec_context.extradata = cleaner[1](header) or None
                 for packet in source.demux(stream):
-                    if packet.size:
+                    if packet.size and (packet := _without_texts(packet, cleaner)).size:
                         packet.stream = copy
                         clean.mux(packet)
-        except (av.FFmpegError, ValueError, OSError) as error:
+        except (av.FFmpegError, ValueError, OSError, IndexError) as error:
             raise ValueError(_reason(error)) from error
     return file.getvalue()
+
+
+def _without_texts(packet: Any, cleaner: Any) -> Any:
+    if cleaner is None:
+        return packet
+    clean = import_av().Packet(cleaner[0](bytes(packet)))
+    for name in ("pts", "dts", "time_base", "duration", "is_keyframe"):
+        setattr(clean, name, getattr(packet, name))
+    return clean
 
 
 def check_packages() -> None:
@@ -244,10 +240,7 @@ def check_packages() -> None:
 
 def import_av() -> Any:
     """PyAV; raises ValueError with the fix if it is not installed."""
-    try:
-        import av
-    except ImportError as error:
-        raise ValueError("videos need PyAV: pip install 'ssl-platform[video]'") from error
+    av = optional_package("av", "videos need PyAV", "video")
     av.logging.set_level(None)  # damage is told by what is raised, not by lines that name no file
     return av
 

@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ssl_platform.optional import optional_package
+
 if TYPE_CHECKING:
     from openslide import OpenSlide
 
@@ -97,13 +99,7 @@ def _without_path(error: Exception, path: Path) -> str:
 
 
 def _openslide() -> Any:
-    try:
-        import openslide
-    except ImportError as error:
-        raise ValueError(
-            f"whole slides need openslide ({error}); install it with pip install 'ssl-platform[slides]'"
-        ) from error
-    return openslide
+    return optional_package("openslide", "whole slides need openslide", "slides")
 
 
 # -- resolution --------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_platform.data.slides import asap
+from ssl_platform.optional import optional_package
 
 UNNAMED = ""
 """The class of a region that QuPath gave none."""
@@ -95,12 +96,6 @@ def labels(areas: Mapping[str, Any], boxes: NDArray[np.float64], min_share: floa
 
 
 def _shapely() -> Any:
-    try:
-        import shapely
-        import shapely.affinity
-        import shapely.geometry
-    except ImportError as error:
-        raise ValueError(
-            f"GeoJSON regions need shapely ({error}); install it with pip install 'ssl-platform[slides]'"
-        ) from error
-    return shapely
+    for name in ("shapely.affinity", "shapely.geometry"):
+        optional_package(name, "GeoJSON regions need shapely", "slides")
+    return optional_package("shapely", "GeoJSON regions need shapely", "slides")
