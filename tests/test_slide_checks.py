@@ -202,6 +202,44 @@ def test_regions_of_one_class_are_joined_and_the_origin_is_added(tmp_path: Path)
     assert regions.read_regions(path, (1000, 500))["A"].bounds == (1000, 500, 1010, 510)
 
 
+@pytest.mark.parametrize(
+    "features",
+    [
+        [],
+        [
+            feature({"type": "Point", "coordinates": [1, 2]}),
+            feature({"type": "LineString", "coordinates": [[0, 0], [1, 1]]}),
+        ],
+        [{"type": "Feature", "geometry": None, "properties": {}}],
+        [feature({"type": "Polygon", "coordinates": []}, "A")],
+    ],
+)
+def test_a_file_in_which_no_area_is_drawn_has_no_region(tmp_path: Path, features: list[Any]) -> None:
+    """QuPath exports such a file for every slide that nobody has drawn in."""
+    assert regions.read_regions(written(tmp_path / "a.geojson", features), (5, 5)) == {}
+    assert regions.labels({}, BOXES, 0.5) == [None] * 4
+    assert not regions.region_shares(regions.union({}), BOXES).any()
+
+
+def test_areas_of_collections_in_collections(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {
+        "type": "MultiPolygon",
+        "coordinates": [[ring(0, 0, 10, 10), ring(4, 4, 6, 6)], [ring(20, 0, 30, 10)]],
+    }
+    for _ in range(4):
+        geometries = [shape, {"type": "Point", "coordinates": [1, 1]}]
+        shape = {"type": "GeometryCollection", "geometries": geometries}
+        areas = regions.read_regions(written(tmp_path / "a.geojson", [feature(shape, "A")]))
+        assert areas["A"].area == pytest.approx(196)
+
+
+def test_the_share_of_regions_beyond_the_slide() -> None:
+    areas = {"A": shapely.box(-50, 0, 50, 10), "B": shapely.box(0, 0, 50, 10)}
+    assert regions.share_beyond(areas, (100, 100)) == pytest.approx(0.5)
+    assert regions.share_beyond(areas, (10, 10)) == pytest.approx(0.9)
+    assert regions.share_beyond({}, (10, 10)) == 0
+
+
 def test_a_bow_tie_is_mended(tmp_path: Path) -> None:
     bow = [[0, 0], [10, 10], [10, 0], [0, 10], [0, 0]]
     areas = regions.read_regions(written(tmp_path / "a.geojson", [feature(polygon(bow), "A")]))
@@ -226,11 +264,11 @@ def test_labels_go_by_the_largest_share(tmp_path: Path) -> None:
     ("contents", "reason"),
     [
         ("{not json", "cannot be read as GeoJSON (Expecting property name"),
-        ([], "no Polygon or MultiPolygon in it"),
-        ([feature({"type": "Point", "coordinates": [1, 2]})], "no Polygon or MultiPolygon in it"),
         ([{"no": "geometry"}], "feature 0 is not a GeoJSON feature with a geometry"),
         ([feature(polygon([[0, 0], [1, 1]]))], "feature 0 is not a GeoJSON feature with a geometry"),
         ('"text"', "feature 0 is not a GeoJSON feature"),
+        ([feature(polygon([[0, 0], [np.nan, 1], [1, 1], [0, 0]]))], "a coordinate is not a finite number"),
+        ('[{"geometry": {"type": "Point", "coordinates": [1e999, 0]}}]', "a coordinate is not a finite number"),
     ],
 )
 def test_what_is_no_geojson(tmp_path: Path, contents: object, reason: str) -> None:

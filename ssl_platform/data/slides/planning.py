@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from ssl_platform.data.processes import parallel
 from ssl_platform.data.slides.listing import SlideRow
-from ssl_platform.data.slides.preview import write_preview
+from ssl_platform.data.slides.preview import shows, write_preview
 from ssl_platform.data.slides.reading import SlideTiles
 from ssl_platform.data.slides.tiling import Options, SlidePlan, dumped, loaded, plan_slide
 from ssl_platform.data.sources import Item
@@ -73,16 +73,17 @@ def plan_slides(
 
 
 def _remembered(row: SlideRow, options: Options, folder: Path, previews: Path | None) -> SlidePlan:
-    path = folder / f"{_digest(row, options)}.json"
+    digest = _digest(row, options)
+    path = folder / f"{digest}.json"
     picture = previews / f"{row.key}.png" if previews is not None else None
-    if path.exists() and (picture is None or picture.exists()):
+    if path.exists() and (picture is None or shows(picture, digest)):
         try:
             return loaded(path.read_text(encoding="utf-8"))
         except (ValueError, TypeError, KeyError) as error:
             logger.warning("%s: cannot be read (%s), so the slide is looked at again", path, error)
     plan, mask = plan_slide(row, options)
     if picture is not None and mask is not None:
-        write_preview(picture, plan, mask)
+        write_preview(picture, plan, mask, digest)
     if not plan.failed:  # which may be mended by the next time
         with atomic_file(path) as file:
             file.write(dumped(plan).encode())
