@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from ssl_platform.data.pack import main
-from ssl_platform.data.slides.listing import SlideRow, with_patients, with_regions
+from ssl_platform.data.slides.listing import SlideRow, folder_slides, with_patients, with_regions
 from ssl_platform.data.slides.tiling import Options, plan_slide
-from tests.whole_slides import pyramid, section, write_tiff
+from tests.whole_slides import pyramid, section, write_dicom, write_tiff
 
 HEIGHT, WIDTH = 512, 640
 
@@ -37,6 +37,23 @@ def geojson(path: Path, *features: dict[str, Any]) -> Path:
 def table(path: Path, *lines: str) -> Path:
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+# -- slides of a folder ------------------------------------------------------------------------------------------------
+
+
+def test_dicom_as_archives_name_it(tmp_path: Path) -> None:
+    """No ending, or a number that is none; one slide for each series; the index of the disk is no slide."""
+    for number in range(2):
+        folder = write_dicom(tmp_path / "in" / str(number), pyramid(section(HEIGHT, WIDTH, number), (1, 4)))
+        (folder / "level0.dcm").rename(folder / "IM0001")
+        (folder / "level1.dcm").rename(folder / "1.2.840.10008.7")
+    (tmp_path / "in" / "DICOMDIR").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "in" / "LICENSE").write_text("no slide")
+    found = folder_slides(tmp_path / "in")
+    assert [row.name for row in found] == ["0/1.2.840.10008.7", "1/1.2.840.10008.7"]
+    plan, _ = plan_slide(found[0]._replace(key="k"), Options(tile=64, stride=64, mask_mpp=4, min_tissue=0.1))
+    assert plan.mpp == pytest.approx((0.25, 0.25)) and len(plan.corners) > 3
 
 
 # -- patients ----------------------------------------------------------------------------------------------------------

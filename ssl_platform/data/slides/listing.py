@@ -47,12 +47,12 @@ class SlideRow(NamedTuple):
 
 def folder_slides(folder: Path) -> list[SlideRow]:
     """Every slide below a folder, sorted by name; of the files of one DICOM slide only the first."""
-    found = [Path(place, file) for place, files in walk(folder) for file in files if _is_slide(file)]
+    found = [path for place, files in walk(folder) for file in files if _is_slide(path := Path(place, file))]
     names = sorted(path.relative_to(folder).as_posix() for path in found)
     kept, series = [], set[tuple[Path, str]]()
     for name in names:
         path = folder / name
-        if path.suffix.lower() == ".dcm":
+        if _is_dicom(path):
             number = (path.parent, _series(path))
             if number in series:
                 continue
@@ -63,8 +63,20 @@ def folder_slides(folder: Path) -> list[SlideRow]:
     return kept
 
 
-def _is_slide(file: str) -> bool:
-    return not file.startswith(".") and Path(file).suffix[1:].lower() in EXTENSIONS
+def _is_slide(path: Path) -> bool:
+    return not path.name.startswith(".") and (path.suffix[1:].lower() in EXTENSIONS or _is_dicom(path))
+
+
+def _is_dicom(path: Path) -> bool:
+    """By its ending; archives name files by numbers or without one, and of those by what they begin with."""
+    ending = path.suffix[1:].lower()
+    if ending and not ending.isdecimal():
+        return ending == "dcm"
+    try:
+        with path.open("rb") as file:
+            return file.read(132)[128:] == b"DICM" and path.name.upper() != "DICOMDIR"
+    except OSError:
+        return False
 
 
 def _series(path: Path) -> str:
