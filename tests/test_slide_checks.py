@@ -63,6 +63,20 @@ def test_an_empty_slide_has_no_tissue_and_a_full_one_is_all_tissue() -> None:
     assert mask.all() and threshold == 40
 
 
+@pytest.mark.parametrize("glass", [(245, 235, 240), (236, 228, 205), (230, 236, 240), (200, 200, 205)])
+def test_tinted_glass_is_no_tissue_and_hides_none(glass: tuple[int, int, int]) -> None:
+    """Old mounting medium is yellow, lamps are blue or pink; noise and shading split the saturation of one colour."""
+    rng, none = np.random.default_rng(0), np.zeros((200, 240), bool)
+    shading = np.linspace(0.97, 1.03, 240)[None, :, None]
+    empty = np.array(glass) * shading + rng.normal(0, 1.5, (200, 240, 3))
+    tissue, _ = tissue_mask(np.clip(empty, 0, 255).astype(np.uint8), none, (10, 40), 0)
+    assert tissue.mean() < 0.01, "but for single pixels"
+    disk = np.hypot(*np.ogrid[-100:100, -120:120]) < 12  # one per cent of the slide
+    empty[disk] = np.array((220, 150, 190)) + rng.normal(0, 8, (disk.sum(), 3))
+    tissue, _ = tissue_mask(np.clip(empty, 0, 255).astype(np.uint8), none, (10, 40), 0)
+    assert tissue[disk].mean() > 0.95 and tissue[~disk].mean() < 0.01
+
+
 def test_closing_fills_gaps_and_keeps_the_border() -> None:
     image = plain(200, 120, 160, size=21)
     image[10, 10] = image[0:2, 5] = 244
