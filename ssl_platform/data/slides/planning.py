@@ -21,6 +21,8 @@ from ssl_platform.data.tars import atomic_file
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+RULES = 2
+"""Rises when the same options choose other tiles: what an earlier version remembers is then planned again."""
 PLANS = ".slides"
 """The folder in OUT that remembers the plans; hidden, and free to be deleted."""
 
@@ -94,7 +96,9 @@ def _digest(row: SlideRow, options: Options) -> str:
     """Changes with the slide's file, its regions' files, and all that was asked for."""
     files = [row.path, *(path for _, path in row.regions)]
     states = [(state.st_size, state.st_mtime_ns) for file in files if (state := _state(file))]
-    text = repr((FORMAT, row.key, row.name, row.mpp, [kind for kind, _ in row.regions], row.outside, states, options))
+    text = repr(
+        (FORMAT, RULES, row.key, row.name, row.mpp, [kind for kind, _ in row.regions], row.outside, states, options)
+    )
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
 

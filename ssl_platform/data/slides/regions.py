@@ -36,7 +36,8 @@ def read_regions(path: Path, origin: tuple[float, float] = (0, 0)) -> dict[str, 
         try:
             if feature["geometry"] is None:
                 continue
-            shape = shapely.geometry.shape(feature["geometry"])
+            with np.errstate(invalid="ignore"):  # said below
+                shape = shapely.geometry.shape(feature["geometry"])
             if not np.isfinite(shapely.get_coordinates(shape)).all():
                 raise ValueError("a coordinate is not a finite number")
             parts = asap.polygons(shapely.make_valid(shape), shapely)
