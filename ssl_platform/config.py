@@ -5,7 +5,6 @@ import importlib
 import json
 import os
 import pkgutil
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
@@ -14,6 +13,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, SerializeAsAny, ValidationError, ValidationInfo
 from pydantic.fields import FieldInfo
 
+from ssl_platform import plain_yaml
 from ssl_platform.location import Url, is_url, local
 
 
@@ -86,33 +86,6 @@ def plugin_class(package: str, name: str) -> type[PluginConfig]:
 # -- reading ---------------------------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML without the traps of version 1.1: `1e-3` is a number, `010` is none, and a key given twice is an error."""
-
-    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        node: yaml.MappingNode = super().compose_mapping_node(anchor)
-        keys = [
-            key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)
-        ]  # as written, `<<` not merged yet
-        for key in {key for key in keys if keys.count(key) > 1}:
-            raise yaml.YAMLError(f"line {node.start_mark.line + 1}: key '{key}' is given twice")
-        return node
-
-
-# 1.1 reads 010 as 8, 1:30 as 90, 2024-01-01 as a date, yes as true and 0x10 as 16; here they are what they look like.
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag.rpartition(":")[2] not in {"int", "float", "timestamp", "bool"}]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"^(true|True|false|False)$"), list("tTfF"))
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?(0|[1-9][0-9_]*)$"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d[\d_]*\.\d*|\.\d+)$|^[-+]?\.(inf|nan)$"), list("-+0123456789.")
-)
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
-)
-
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
 
@@ -126,7 +99,7 @@ def load_config(kind: type[AnyConfig], path: Path, overrides: Sequence[str] = ()
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})"]) from error
     try:
-        data = yaml.load(text, _Loader)  # a SafeLoader
+        data = plain_yaml.parse(text)
     except yaml.YAMLError as error:
         raise ConfigError([f"not valid YAML: {error}"], str(path)) from error
     if not isinstance(data, dict):
@@ -214,7 +187,7 @@ def _override(kind: type[Config], data: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ConfigError([f"override '{override}': expected key=value, for example optim.lr=1e-3"])
     try:
-        value = yaml.load(text, _Loader)  # a SafeLoader
+        value = plain_yaml.parse(text)
     except yaml.YAMLError as error:
         raise ConfigError([f"override '{override}': the value is not valid YAML: {error}"]) from error
     *parents, last = key.split(".")

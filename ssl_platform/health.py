@@ -11,8 +11,7 @@ from itertools import islice
 from statistics import fmean, median
 from typing import Any, NamedTuple
 
-from ssl_platform.optim import Cosine
-from ssl_platform.recipe import Recipe
+from ssl_platform.health_facts import Facts, Objective
 
 Line = Mapping[str, Any]
 
@@ -20,9 +19,6 @@ Line = Mapping[str, Any]
 
 IN_A_ROW = 3
 """Lines in a row that a warning needs to be raised, and again to be cleared: one line is one batch, and batches differ."""
-PLATEAU_SHARE, PLATEAU_STEPS = 0.1, 2000
-"""Nothing is said of collapse in the first steps: the learning rate's warm-up, then this share of the run, at most so
-many. Class tokens start out alike, so every run begins near ln K or with few prototypes, and leaves that by and by."""
 UNIFORM_GAP = 0.01
 """Collapse to uniform: teacher entropy within this share of ln K, and the cross-entropy within twice that. Soft teachers
 that still learn were measured .015 to .03 below ln K, one that had collapsed .0003."""
@@ -53,48 +49,6 @@ NORM_LINES, FEWEST_NORMS = 50, 10
 """How many lines before the usual gradient norm is the median of, and how many it needs at least."""
 HISTORY = 200
 """Lines that are remembered."""
-
-
-class Objective(NamedTuple):
-    """What the texts need to know of one objective with prototypes."""
-
-    num_prototypes: int
-    student_temp: float | None
-    """None = it is a schedule."""
-    targets: str
-
-
-class Facts(NamedTuple):
-    """What the rules need to know of a run."""
-
-    batch_size: int
-    settled: int
-    """The step from which collapse is judged."""
-    objectives: dict[str, Objective]
-    networks: tuple[str, ...]
-    clip_grad: float | None
-    workers: int
-    precision: str = "fp32"
-
-
-def facts_of(recipe: Recipe) -> Facts:
-    """The facts of a configuration; objectives count as having prototypes if their head has."""
-    objectives = {}
-    for name, objective in recipe.objectives.items():
-        head = recipe.heads.get(str(getattr(objective, "head", None)))
-        if number := getattr(head, "num_prototypes", None):
-            temp, targets = getattr(objective, "student_temp", None), getattr(objective, "targets", "")
-            objectives[name] = Objective(number, temp if isinstance(temp, float) else None, targets)
-    warmup = recipe.optim.lr.warmup_steps if isinstance(recipe.optim.lr, Cosine) else 0
-    return Facts(
-        batch_size=recipe.batch_size,
-        settled=warmup + min(int(PLATEAU_SHARE * recipe.steps), PLATEAU_STEPS),
-        objectives=objectives,
-        networks=tuple(recipe.networks),
-        clip_grad=recipe.optim.clip_grad,
-        workers=recipe.data.workers,
-        precision=recipe.precision,
-    )
 
 
 class Notice(NamedTuple):

@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssl_platform import distributed, flops
-from ssl_platform.health import Health, facts_of
+from ssl_platform.health import Health
+from ssl_platform.health_facts import facts_of
 from ssl_platform.log import logger, read_lines
 from ssl_platform.objectives._targets import Centering, Sinkhorn
 from ssl_platform.progress import peak_memory

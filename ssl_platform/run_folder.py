@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,8 +16,9 @@ from ssl_platform.data.mixture import described
 from ssl_platform.data.order import Order
 from ssl_platform.health import Notice
 from ssl_platform.log import Metrics, append_line, logger
+from ssl_platform.modalities import Modality
 from ssl_platform.monitors import Monitor
-from ssl_platform.progress import Clock, duration
+from ssl_platform.progress import Clock, StopFlag, duration
 from ssl_platform.recipe import Recipe
 from ssl_platform.step import Parts, StepResult
 
@@ -25,8 +27,23 @@ class TrainingStopped(Exception):
     """The run cannot go on; the message says why and what to try."""
 
 
-def save(recipe: Recipe, parts: Parts, index: Index, step: int) -> None:
+@dataclass(frozen=True)
+class Run:
+    """What the loop works with from the first step to the last."""
+
+    recipe: Recipe
+    index: Index
+    order: Order
+    modality: Modality
+    parts: Parts
+    metrics: Metrics
+    stop: StopFlag
+    monitor: Monitor
+
+
+def save(run: Run, step: int) -> None:
     """Writes a checkpoint of `step` finished steps from rank 0; the other ranks wait for it."""
+    recipe, parts = run.recipe, run.parts
     if distributed.rank() == 0:
         state = checkpoint.TrainState(
             step=step,
@@ -34,7 +51,7 @@ def save(recipe: Recipe, parts: Parts, index: Index, step: int) -> None:
             accumulate=recipe.accumulate,
             world_size=distributed.world_size(),
             seed=recipe.seed,
-            order=order_of(recipe, index),
+            order=order_of(recipe, run.index),
             optimizer=recipe.optim.name,
             statistics=parts.statistics,
             counters=dict(parts.counters),
@@ -145,8 +162,9 @@ def keep_count(recipe: Recipe, parts: Parts, result: StepResult, step: int) -> N
     if parts.counters["skipped_steps"] > recipe.max_skipped_steps:
         raise TrainingStopped(
             f"step {step}: {parts.counters['skipped_steps']} steps were not finite, more than max_skipped_steps="
-            f"{recipe.max_skipped_steps}; see {recipe.run_dir / 'events.jsonl'}. Try a lower optim.lr, a longer "
-            "warm-up or precision=fp32, and look at the samples whose keys are listed there."
+            f"{recipe.max_skipped_steps}; see {recipe.run_dir / 'events.jsonl'}. Try a lower optim.lr, a longer warm-up"
+            f"{'' if recipe.precision == 'fp32' else ' or precision=fp32'}, and look at the samples whose keys are listed "
+            "there."
         )
     if len(parts.bad_samples) > recipe.data.max_bad_samples:
         raise TrainingStopped(
@@ -155,21 +173,12 @@ def keep_count(recipe: Recipe, parts: Parts, result: StepResult, step: int) -> N
         )
 
 
-def report(
-    metrics: Metrics,
-    recipe: Recipe,
-    parts: Parts,
-    result: StepResult,
-    clock: Clock,
-    step: int,
-    order: Order,
-    monitor: Monitor,
-    active: Sequence[str],
-) -> None:
+def report(run: Run, result: StepResult, clock: Clock, step: int, active: Sequence[str]) -> None:
     """One line of metrics: the values of this step, averaged over ranks, and the speed since the last line.
 
     Where collapse signals are due they stand in the same line; what the line says of the run's health is said in words.
     """
+    recipe, parts, monitor = run.recipe, run.parts, run.monitor
     loss, *terms = distributed.mean(_stacked([result.loss, *result.terms.values()], result.loss.device)).tolist()
     line: dict[str, float | int] = {"loss": loss, **dict(zip(result.terms, terms, strict=True))}
     if result.metrics:
@@ -181,13 +190,13 @@ def report(
     line |= {f"grad_norm_{name}": norm.item() for name, norm in result.grad_norms.items()}
     line |= clock.lap() | parts.counters
     if recipe.data.sources:
-        line |= {f"drawn_{name}": count for name, count in order.drawn(step * recipe.batch_size).items()}
+        line |= {f"drawn_{name}": count for name, count in run.order.drawn(step * recipe.batch_size).items()}
     waited = torch.tensor(line["data_wait_share"], dtype=torch.float64)
     line["data_wait_share"] = distributed.maximum(waited).item()  # the rank that waits longest holds up the others
     line |= monitor.speed(active, line["samples_per_second"])
     if monitor.due(step):
         line |= monitor.signals()
-    written = metrics.write(step, line)
+    written = run.metrics.write(step, line)
     remaining = (recipe.steps - step) * recipe.batch_size / max(float(line["samples_per_second"]), 1e-9)
     logger.info(
         "step %d/%d  loss %.4f  %s  lr %.2e  %.1f samples/s  waiting for data %.0f %%%s  %s left",

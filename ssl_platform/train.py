@@ -7,7 +7,6 @@ import argparse
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,10 +25,10 @@ from ssl_platform.monitors import Monitor
 from ssl_platform.progress import Clock, StopFlag
 from ssl_platform.recipe import Recipe, build_modality, load_recipe, open_index, open_order
 from ssl_platform.recipe_checks import doubtful
-from ssl_platform.run_folder import TrainingStopped, find, keep_count, report, resume, save, wandb_arguments
+from ssl_platform.run_folder import Run, TrainingStopped, find, keep_count, report, resume, save, wandb_arguments
 from ssl_platform.stages import StageContext
 from ssl_platform.stages._plan import Stage, begin_stage, stage_plan
-from ssl_platform.step import Parts, build, train_step
+from ssl_platform.step import build, train_step
 from ssl_platform.views import Batch
 
 # -- configuration -----------------------------------------------------------------------------------------------------
@@ -114,20 +113,6 @@ def show_views(recipe: Recipe, path: Path) -> None:
 
 
 # -- loop --------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """What the loop works with from the first step to the last."""
-
-    recipe: Recipe
-    index: Index
-    order: Order
-    modality: Modality
-    parts: Parts
-    metrics: Metrics
-    stop: StopFlag
-    monitor: Monitor
 
 
 def train(recipe: Recipe, device: torch.device) -> None:
@@ -226,9 +211,9 @@ def run_stage(run: Run, stage: Stage, batches: Iterator[Batch], step: int) -> tu
         clock.steps += 1
         keep_count(recipe, parts, result, step)
         if step % recipe.log_every == 0 or step == recipe.steps:
-            report(run.metrics, recipe, parts, result, clock, step, run.order, monitor, active)
+            report(run, result, clock, step, active)
         if step % recipe.save_every == 0 or step == recipe.steps or stopping:
-            save(recipe, parts, run.index, step)
+            save(run, step)
     return step, stopping
 
 

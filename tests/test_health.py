@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from ssl_platform.health import IN_A_ROW, TITLES, Facts, Health, Notice, Objective, facts_of
+from ssl_platform.health import IN_A_ROW, TITLES, Health, Notice
+from ssl_platform.health_facts import Facts, Objective, facts_of
 from tests import engine
 
 FACTS = Facts(

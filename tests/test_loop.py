@@ -16,7 +16,7 @@ from ssl_platform.monitors import Monitor
 from ssl_platform.objectives._targets import Centering, Sinkhorn
 from ssl_platform.objectives.koleo import koleo
 from ssl_platform.progress import Clock
-from ssl_platform.run_folder import TrainingStopped, keep_count, report
+from ssl_platform.run_folder import Run, TrainingStopped, keep_count, report
 from ssl_platform.step import StepResult, model_seed, train_step
 from tests import engine
 from tests.ranks import run_ranks
@@ -148,7 +148,9 @@ def metrics_with_masks_on_one_rank_only(folder: str) -> dict[str, float | None]:
     batch = engine.batch(masked=0.5 * distributed.rank())
     result = train_step(parts, iter([batch]), 0, ALL)
     metrics, monitor = Metrics(Path(folder), 0, tensorboard=False), Monitor(recipe, parts)
-    report(metrics, recipe, parts, result, Clock(4), 1, Order.of_shards([8], 0, 1), monitor, ALL)
+    order = Order.of_shards([8], 0, 1)
+    unused: Any = None
+    report(Run(recipe, unused, order, unused, parts, metrics, unused, monitor), result, Clock(4), 1, ALL)
     distributed.barrier()
     line: dict[str, float | None] = json.loads((Path(folder) / "metrics.jsonl").read_text())
     return line | {"mine": result.metrics["ibot_kl"].item()}
@@ -194,8 +196,11 @@ def test_skipped_steps_are_counted_recorded_and_limited(tmp_path: Path) -> None:
         "event": "not_finite",
         "keys_by_rank": {"0": ["a", "b"]},
     }
-    with pytest.raises(TrainingStopped, match=r"step 6: 2 steps were not finite.*events.jsonl.*optim.lr"):
+    with pytest.raises(TrainingStopped, match=r"step 6: 2 steps were not finite.*events.jsonl.*optim.lr") as stopped:
         keep_count(recipe, parts, result, 6)
+    assert "precision" not in str(stopped.value), "it is fp32"
+    with pytest.raises(TrainingStopped, match=r"longer warm-up or precision=fp32, and look"):
+        keep_count(recipe.model_copy(update={"precision": "bf16"}), parts, result, 7)
 
 
 def test_replaced_samples_are_counted_recorded_and_limited(tmp_path: Path) -> None:

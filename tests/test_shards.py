@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from ssl_platform.config import Config, ConfigError, validate
+from ssl_platform.data import loading
 from ssl_platform.data.companions.random import Config as RandomCompanions
 from ssl_platform.data.index import Index
 from ssl_platform.data.order import Order, micro_batch_positions
@@ -299,7 +300,13 @@ def test_workers_end_when_the_iterator_is_closed(index: Index) -> None:
     assert not any(worker.is_alive() for worker in workers)
 
 
-def test_a_signal_to_all_processes_does_not_lose_the_batches_of_the_step(index: Index) -> None:
+@pytest.mark.parametrize("seconds", [0.0, 0.5])
+def test_a_signal_to_all_processes_does_not_lose_the_batches_of_the_step(
+    index: Index, seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor if it comes while the second worker still begins."""
+    begin = loading._begin_worker
+    monkeypatch.setattr(loading, "_begin_worker", lambda number: (time.sleep(number * seconds), begin(number)))
     before = multiprocessing.active_children()
     with closing(batches(index, 2, last_step=50)) as loaded:
         next(loaded)

@@ -103,6 +103,16 @@ def test_pictures_of_images_undo_the_normalisation(channels: int) -> None:
     assert np.array_equal(picture, shown.permute(1, 2, 0).numpy())
 
 
+def test_pixels_that_fill_little_of_their_range_are_seen() -> None:
+    """A scan of 12 bits in 16: its views, not a black picture."""
+    pixels = torch.linspace(0, 0.03, 64).repeat(64, 1)[None]
+    dim = Normalization(1, [0.015], [0.009])
+    shown = dim.visible(dim(pixels))
+    assert shown.min() < 0.1 and shown.max() > 0.9
+    photo = Normalization(1, [0.4], [0.2])
+    assert torch.allclose(photo.visible(photo(pixels)), pixels, atol=1e-6), "as it is"
+
+
 def test_views_normalised_one_by_one_are_stretched() -> None:
     normalization = Normalization(3)
     dim = 0.4 + 0.01 * torch.rand(3, 16, 16)

@@ -63,6 +63,20 @@ def test_an_empty_slide_has_no_tissue_and_a_full_one_is_all_tissue() -> None:
     assert mask.all() and threshold == 40
 
 
+@pytest.mark.parametrize("glass", [(245, 235, 240), (236, 228, 205), (230, 236, 240), (200, 200, 205)])
+def test_tinted_glass_is_no_tissue_and_hides_none(glass: tuple[int, int, int]) -> None:
+    """Old mounting medium is yellow, lamps are blue or pink; noise and shading split the saturation of one colour."""
+    rng, none = np.random.default_rng(0), np.zeros((200, 240), bool)
+    shading = np.linspace(0.97, 1.03, 240)[None, :, None]
+    empty = np.array(glass) * shading + rng.normal(0, 1.5, (200, 240, 3))
+    tissue, _ = tissue_mask(np.clip(empty, 0, 255).astype(np.uint8), none, (10, 40), 0)
+    assert tissue.mean() < 0.01, "but for single pixels"
+    disk = np.hypot(*np.ogrid[-100:100, -120:120]) < 12  # one per cent of the slide
+    empty[disk] = np.array((220, 150, 190)) + rng.normal(0, 8, (disk.sum(), 3))
+    tissue, _ = tissue_mask(np.clip(empty, 0, 255).astype(np.uint8), none, (10, 40), 0)
+    assert tissue[disk].mean() > 0.95 and tissue[~disk].mean() < 0.01
+
+
 def test_closing_fills_gaps_and_keeps_the_border() -> None:
     image = plain(200, 120, 160, size=21)
     image[10, 10] = image[0:2, 5] = 244
@@ -202,6 +216,44 @@ def test_regions_of_one_class_are_joined_and_the_origin_is_added(tmp_path: Path)
     assert regions.read_regions(path, (1000, 500))["A"].bounds == (1000, 500, 1010, 510)
 
 
+@pytest.mark.parametrize(
+    "features",
+    [
+        [],
+        [
+            feature({"type": "Point", "coordinates": [1, 2]}),
+            feature({"type": "LineString", "coordinates": [[0, 0], [1, 1]]}),
+        ],
+        [{"type": "Feature", "geometry": None, "properties": {}}],
+        [feature({"type": "Polygon", "coordinates": []}, "A")],
+    ],
+)
+def test_a_file_in_which_no_area_is_drawn_has_no_region(tmp_path: Path, features: list[Any]) -> None:
+    """QuPath exports such a file for every slide that nobody has drawn in."""
+    assert regions.read_regions(written(tmp_path / "a.geojson", features), (5, 5)) == {}
+    assert regions.labels({}, BOXES, 0.5) == [None] * 4
+    assert not regions.region_shares(regions.union({}), BOXES).any()
+
+
+def test_areas_of_collections_in_collections(tmp_path: Path) -> None:
+    shape: dict[str, Any] = {
+        "type": "MultiPolygon",
+        "coordinates": [[ring(0, 0, 10, 10), ring(4, 4, 6, 6)], [ring(20, 0, 30, 10)]],
+    }
+    for _ in range(4):
+        geometries = [shape, {"type": "Point", "coordinates": [1, 1]}]
+        shape = {"type": "GeometryCollection", "geometries": geometries}
+        areas = regions.read_regions(written(tmp_path / "a.geojson", [feature(shape, "A")]))
+        assert areas["A"].area == pytest.approx(196)
+
+
+def test_the_share_of_regions_beyond_the_slide() -> None:
+    areas = {"A": shapely.box(-50, 0, 50, 10), "B": shapely.box(0, 0, 50, 10)}
+    assert regions.share_beyond(areas, (100, 100)) == pytest.approx(0.5)
+    assert regions.share_beyond(areas, (10, 10)) == pytest.approx(0.9)
+    assert regions.share_beyond({}, (10, 10)) == 0
+
+
 def test_a_bow_tie_is_mended(tmp_path: Path) -> None:
     bow = [[0, 0], [10, 10], [10, 0], [0, 10], [0, 0]]
     areas = regions.read_regions(written(tmp_path / "a.geojson", [feature(polygon(bow), "A")]))
@@ -226,11 +278,11 @@ def test_labels_go_by_the_largest_share(tmp_path: Path) -> None:
     ("contents", "reason"),
     [
         ("{not json", "cannot be read as GeoJSON (Expecting property name"),
-        ([], "no Polygon or MultiPolygon in it"),
-        ([feature({"type": "Point", "coordinates": [1, 2]})], "no Polygon or MultiPolygon in it"),
         ([{"no": "geometry"}], "feature 0 is not a GeoJSON feature with a geometry"),
         ([feature(polygon([[0, 0], [1, 1]]))], "feature 0 is not a GeoJSON feature with a geometry"),
         ('"text"', "feature 0 is not a GeoJSON feature"),
+        ([feature(polygon([[0, 0], [np.nan, 1], [1, 1], [0, 0]]))], "a coordinate is not a finite number"),
+        ('[{"geometry": {"type": "Point", "coordinates": [1e999, 0]}}]', "a coordinate is not a finite number"),
     ],
 )
 def test_what_is_no_geojson(tmp_path: Path, contents: object, reason: str) -> None:

@@ -159,6 +159,10 @@ def test_where_microns_come_from() -> None:
     dpi = {"tiff.XResolution": "72", "tiff.YResolution": "72", "tiff.ResolutionUnit": "inch"}
     with pytest.raises(ValueError, match="says 352.8 microns per pixel, which no scanner makes; give --override-mpp"):
         microns_per_pixel(dpi)
+    with pytest.raises(ValueError, match="which no scanner makes; .*, or --mpp-from-objective to trust"):
+        microns_per_pixel(dpi | objective)
+    assert microns_per_pixel(dpi | objective, from_objective=True) == (0.5, 0.5), "the advice helps"
+    assert microns_per_pixel(slide | objective, from_objective=True) == (0.25, 0.26), "it is asked last"
 
 
 # -- handles -----------------------------------------------------------------------------------------------------------

@@ -43,13 +43,22 @@ def is_dicom(data: bytes) -> bool:
 
 
 def may_be(path: Path) -> bool:
-    """Whether a file may be DICOM by its name: many have none but a number or identifier ("IM000001", "1.2.840.1")."""
-    extension = path.suffix[1:].lower()
-    return extension in (*EXTENSIONS, "") or extension.isdecimal()
+    """Whether a file may be DICOM by its name."""
+    return path.suffix[1:].lower() in EXTENSIONS or _is_number_or_none(path)
 
 
-def is_marked(path: Path) -> bool:
-    """Whether a file is DICOM by its content; False if it cannot be read."""
+def _is_number_or_none(path: Path) -> bool:
+    """Scanners and archives write such names: "IM000001", "1.2.840.113619.2.5"."""
+    return not path.suffix[1:] or path.suffix[1:].isdecimal()
+
+
+def is_unnamed(path: Path) -> bool:
+    """Whether a file has no ending, or a number for it, and is DICOM by its content; False if it cannot be read.
+
+    The DICOMDIR of a folder is none: it lists the files.
+    """
+    if not _is_number_or_none(path) or path.name.upper() == "DICOMDIR":
+        return False
     try:
         with path.open("rb") as file:
             return is_dicom(file.read(132))

@@ -11,6 +11,8 @@ from torch.utils.data import DataLoader, Dataset
 from ssl_platform.data.reading import BadSampleError, ShardReader
 from ssl_platform.data.transfer import Cancelled, RemoteError
 
+_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+
 
 class Readable(Protocol):
     """A dataset that reads shards."""
@@ -65,7 +67,8 @@ def loaded(dataset: Readable, workers: int, prefetch: int) -> Generator[Any, Non
         generator=torch.Generator(),  # or it would draw from the global RNG
     )
     try:
-        items = iter(loader)
+        with _signals_held():  # which a worker would end by until it leaves them alone
+            items = iter(loader)
         try:
             for item in items:
                 if isinstance(item, RemoteError | Cancelled | BadSampleError):
@@ -86,9 +89,20 @@ def _as_it_is(item: Any) -> Any:
     return item
 
 
+@contextmanager
+def _signals_held() -> Iterator[None]:
+    """Signals wait; processes forked meanwhile go on holding them until `_begin_worker`."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _begin_worker(_: int) -> None:
     """Leaves signals to the training process: a scheduler sends them to workers too, and batches are needed to the end
     of the step. A worker that somebody does want to end still does so, half a minute after SIGTERM."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in _SIGNALS - {signal.SIGTERM}:
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _SIGNALS)

@@ -38,7 +38,7 @@ def folder_items(folder: Path, labels: bool, groups: bool = False, medium: str |
                 path = Path(place, file)
                 (found if _extension(path) in known else unknown).append(path)
     if "image" in media:
-        found += _marked_as_dicom(unknown)
+        found += _unnamed_dicom(unknown)
     if not found:
         kinds = " or ".join(sorted(plural(name) for name in media))
         raise ValueError(f"{folder}: no {kinds} in this folder or below it (looked for {', '.join(known)})")
@@ -56,11 +56,10 @@ def _extension(path: Path) -> str:
     return path.suffix[1:].lower()
 
 
-def _marked_as_dicom(paths: Sequence[Path]) -> list[Path]:
+def _unnamed_dicom(paths: Sequence[Path]) -> list[Path]:
     """Those of files without a name's ending that are DICOM by their content, as scanners and archives write them."""
-    nameless = [path for path in paths if dicom.may_be(path) and path.name != "DICOMDIR"]
     with ThreadPoolExecutor(16) as pool:  # a network file system answers each slowly, but many at a time
-        return [path for path, is_it in zip(nameless, pool.map(dicom.is_marked, nameless), strict=True) if is_it]
+        return [path for path, is_it in zip(paths, pool.map(dicom.is_unnamed, paths), strict=True) if is_it]
 
 
 def _media_of(source: Path, paths: Sequence[Path], asked: str | None, are_named: bool) -> list[str]:

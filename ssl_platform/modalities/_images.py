@@ -234,6 +234,9 @@ class Normalization:
     smallest_std = 1e-3
     """Of a view normalised by its own, a quarter of a step of 8 bits: a flat view becomes 0, a dark one of 16 bits not."""
 
+    dimmest_std = 0.03
+    """Photographs have .2, scans of 12 bits in 16 about .01."""
+
     def __init__(
         self,
         channels: int,
@@ -255,9 +258,11 @@ class Normalization:
         return (views - mean).div_(std.clamp(min=self.smallest_std))
 
     def visible(self, views: Tensor) -> Tensor:
-        """The inverse, back to pixels in [0, 1]; where every view had its own mean and std these are lost, and it is
-        stretched so that two standard deviations to either side fill the range."""
-        pixels = views / 4 + 0.5 if self.per_sample else views * self.std + self.mean
+        """The inverse, back to pixels in [0, 1]; where every view had its own mean and std these are lost, and where
+        pixels fill little of their range, as those of 16 bits may, nothing would be seen: there two standard deviations to
+        either side fill the range."""
+        is_stretched = self.per_sample or bool(self.std.max() < self.dimmest_std)
+        pixels = views / 4 + 0.5 if is_stretched else views * self.std + self.mean
         return pixels.clamp(0, 1)
 
 

@@ -2,36 +2,33 @@
 
 import hashlib
 import tarfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from ssl_platform.data.commands._declared import (
+    Declared,
+    Job,
+    Problem,
+    Value,
+    folder_jobs,
+    folders,
+    num_rows,
+    remote_jobs,
+    without,
+)
 from ssl_platform.data.commands._examine import decode_member, parse_json
 from ssl_platform.data.commands._jobs import results
 from ssl_platform.data.commands._options import printable
-from ssl_platform.data.index_files import read_description, read_rows
 from ssl_platform.data.reading import reason
 from ssl_platform.data.remote import Remote, RemoteSettings
 from ssl_platform.data.slides import tiles
 from ssl_platform.data.tars import Record, ShardScan, parse_record, scan_shard, tar_members
 from ssl_platform.data.transfer import RemoteError
 from ssl_platform.location import Url
-
-Value = int | str | None
-
-
-class Problem(NamedTuple):
-    """One thing that is wrong."""
-
-    shard: str
-    key: str
-    """Of a sample, or the name of a member; empty for the whole shard."""
-    reason: str
 
 
 @dataclass
@@ -45,30 +42,6 @@ class Checked:
     keys: list[str] = field(default_factory=list)
 
 
-class _Declared(NamedTuple):
-    """What an index says of one shard."""
-
-    size: int
-    rows: NDArray[Any]
-    about: Mapping[str, Any]
-
-    def value(self, row: NDArray[Any], what: str) -> Value:
-        """The "label" or "group" of a row, as the sample should give it."""
-        number, names = int(row[what]), self.about[f"{what}_names"]
-        if number < 0:
-            return None
-        if not names:
-            return number
-        return names[number] if number < len(names) else f"number {number}, which has no name"
-
-
-class _Job(NamedTuple):
-    path: Path | Url
-    name: str
-    """For the report."""
-    declared: _Declared | None
-
-
 def check(
     paths: Sequence[Path | Url],
     *,
@@ -78,22 +51,22 @@ def check(
     remote: RemoteSettings | None = None,
 ) -> Checked:
     """Checks folders and tars; raises ValueError only if a path stands for nothing, RemoteError if no server answers."""
-    whole, jobs = Checked(), list[_Job]()
+    whole, jobs = Checked(), list[Job]()
     fetched = Remote(remote or RemoteSettings()) if any(isinstance(path, Url) for path in paths) else None
     for path in paths:
         if isinstance(path, Url):
             assert fetched is not None
             for url, names in fetched.expand(path):
-                jobs += _remote_jobs(fetched, url, names, with_folder=len(paths) > 1)
+                jobs += remote_jobs(fetched, url, names, with_folder=len(paths) > 1)
             continue
-        for folder, names in _folders(path):
-            jobs += _jobs(folder, names, whole.problems, with_folder=len(paths) > 1)
+        for folder, names in folders(path):
+            jobs += folder_jobs(folder, names, whole.problems, with_folder=len(paths) > 1)
     if not jobs and not whole.problems:
         raise ValueError(f"{paths[0]}: no tar shards in this folder (ssl-pack makes them)")
     whole.shards = len(jobs)
     first_use: dict[bytes, str] = {}
     work = partial(_check_shard, decode=decode, remote=fetched)
-    for job, part in results(work, jobs, workers=workers, description="verifying", size=_size):
+    for job, part in results(work, jobs, workers=workers, description="verifying", size=num_rows):
         whole.samples += part.samples
         whole.decoded += part.decoded
         whole.problems += part.problems
@@ -110,69 +83,7 @@ def check(
     return whole
 
 
-def _folders(path: Path) -> list[tuple[Path, list[str] | None]]:
-    """The (folder, names of tars) that a path or pattern stands for; None = all of the folder, missing ones too."""
-    if path.is_dir():
-        return [(path, None)]
-    if path.is_file():
-        return [(path.parent, [path.name])]
-    found = sorted(path.parent.glob(path.name)) if any(character in path.name for character in "*?[") else []
-    tars = [tar.name for tar in found if tar.is_file() and tar.suffix == ".tar"]
-    folders: list[tuple[Path, list[str] | None]] = [(folder, None) for folder in found if folder.is_dir()]
-    if not tars and not folders:
-        raise ValueError(f"{path}: no such file or folder, and no pattern that a tar matches")
-    return [*folders, *([(path.parent, tars)] if tars else [])]
-
-
-def _size(job: _Job) -> int:
-    return 0 if job.declared is None else len(job.declared.rows)
-
-
-def _jobs(folder: Path, names: list[str] | None, problems: list[Problem], with_folder: bool) -> list[_Job]:
-    """The shards of a folder, with what its index says of them; what is wrong with the index is added to `problems`."""
-    prefix = f"{folder.name}/" if with_folder else ""
-    about, rows = None, None
-    try:
-        about = read_description(folder)
-        if about is not None:
-            rows = read_rows(folder, about)
-    except ValueError as error:
-        about = None
-        problems.append(Problem(f"{prefix}index.json", "", _without(reason(error), folder)))
-    present = {path.name for path in folder.glob("*.tar")}
-    if about is None and (folder / "pack.json").exists() and not (folder / "index.json").exists():
-        problems.append(Problem(f"{prefix}pack.json", "", "packing was not finished; give the same command again"))
-    declared = dict[str, _Declared]()
-    if about is not None and rows is not None:
-        declared = _declared(about, rows)
-        unknown = sorted((present if names is None else set(names)) - declared.keys())
-        problems += [Problem(f"{prefix}{name}", "", "not in the index.json beside it") for name in unknown]
-    wanted = sorted(present | declared.keys()) if names is None else names
-    return [_Job(folder / name, prefix + name, declared.get(name)) for name in wanted]
-
-
-def _remote_jobs(remote: Remote, folder: Url, names: list[str] | None, with_folder: bool) -> list[_Job]:
-    """The same of a folder behind a URL, which is what its index says; raises ValueError if that is of no use."""
-    about, rows, wanted = remote.open_folder(folder, names)
-    shards = [about["shards"][number]["name"] for number in wanted]
-    declared, prefix = _declared(about, rows), f"{folder.name}/" if with_folder else ""
-    return [_Job(folder / name, prefix + name, declared[name]) for name in shards]
-
-
-def _declared(about: Mapping[str, Any], rows: NDArray[Any]) -> dict[str, _Declared]:
-    declared, first = {}, 0
-    for shard in about["shards"]:
-        declared[shard["name"]] = _Declared(shard["bytes"], rows[first : first + shard["samples"]], about)
-        first += shard["samples"]
-    return declared
-
-
-def _without(text: str, path: Path | Url) -> str:
-    """The reason alone, where a message begins with the file that the report names anyway."""
-    return text.removeprefix(f"{path}: ").replace(f"{path}/", "")
-
-
-def _check_shard(job: _Job, decode: bool, remote: Remote | None) -> Checked:
+def _check_shard(job: Job, decode: bool, remote: Remote | None) -> Checked:
     if isinstance(job.path, Path):
         return _check_file(job, job.path, decode)
     assert remote is not None
@@ -180,10 +91,10 @@ def _check_shard(job: _Job, decode: bool, remote: Remote | None) -> Checked:
         with remote.copy(job.path) as path:
             return _check_file(job, path, decode)
     except RemoteError as error:
-        return Checked(problems=[Problem(job.name, "", printable(_without(str(error), job.path)))])
+        return Checked(problems=[Problem(job.name, "", printable(without(str(error), job.path)))])
 
 
-def _check_file(job: _Job, path: Path, decode: bool) -> Checked:
+def _check_file(job: Job, path: Path, decode: bool) -> Checked:
     """Checks the shard of a job, which lies at `path`."""
     found = Checked()
 
@@ -200,7 +111,7 @@ def _check_file(job: _Job, path: Path, decode: bool) -> Checked:
     try:
         scan = scan_shard(path)
     except Exception as error:
-        wrong("", _without(reason(error), path))
+        wrong("", without(reason(error), path))
     for name, why in _bad_members(path):
         wrong(name, why)
     if scan is not None and scan.stops and size < scan.stops[-1] + tarfile.BLOCKSIZE:
@@ -259,14 +170,14 @@ def _bad_members(path: Path) -> Iterator[tuple[str, str]]:
         return
 
 
-def _ranges(job: _Job, scan: ShardScan | None) -> list[tuple[int, int]]:
+def _ranges(job: Job, scan: ShardScan | None) -> list[tuple[int, int]]:
     if job.declared is not None:
         rows = job.declared.rows
         return list(zip(rows["start"].tolist(), rows["stop"].tolist(), strict=True))
     return [] if scan is None else list(zip(scan.starts, scan.stops, strict=True))
 
 
-def _unlike_the_scan(declared: _Declared, scan: ShardScan) -> Iterator[tuple[int, str]]:
+def _unlike_the_scan(declared: Declared, scan: ShardScan) -> Iterator[tuple[int, str]]:
     """Samples whose byte range is not that of exactly one whole sample."""
     real = dict(zip(scan.starts, scan.stops, strict=True))
     starts, stops = declared.rows["start"], declared.rows["stop"]
@@ -279,7 +190,7 @@ def _unlike_the_scan(declared: _Declared, scan: ShardScan) -> Iterator[tuple[int
         yield scan.starts.index(start), f"a sample begins at byte {start}, and the index does not have it"
 
 
-def _other_categories(declared: _Declared, scan: ShardScan) -> Iterator[tuple[int, str]]:
+def _other_categories(declared: Declared, scan: ShardScan) -> Iterator[tuple[int, str]]:
     """Where a sample begins whose label or group, as a scan finds it in `json` or `cls`, is not that of the index."""
     rows = dict(zip(declared.rows["start"].tolist(), declared.rows, strict=True))
     for start, label, group in zip(scan.starts, scan.labels, scan.groups, strict=True):
@@ -289,7 +200,7 @@ def _other_categories(declared: _Declared, scan: ShardScan) -> Iterator[tuple[in
                 yield start, f"{what} {_said(value)} in the sample, {_said(indexed)} in the index"
 
 
-def _bad_record(record: Record, declared: _Declared | None) -> Iterator[str]:
+def _bad_record(record: Record, declared: Declared | None) -> Iterator[str]:
     """What contradicts itself in a sample."""
     if not record.members.keys() - {"json", "cls"}:
         yield f"no data: the only members are {', '.join(record.members)}"

@@ -49,8 +49,11 @@ def read_xml(path: Path, shapely: Any) -> dict[str, Any]:
 
 
 def polygons(shape: Any, shapely: Any) -> list[Any]:
-    """The polygons of any geometry, of the MultiPolygons in a collection too."""
-    return [part for part in shapely.get_parts(shapely.get_parts(shape)) if part.geom_type == "Polygon"]
+    """The polygons of any geometry, of collections in collections too; empty ones are left out."""
+    parts = shapely.get_parts(shape)
+    while any(hasattr(part, "geoms") for part in parts):
+        parts = shapely.get_parts(parts)
+    return [part for part in parts if part.geom_type == "Polygon" and not part.is_empty]
 
 
 def _class(group: str) -> str:

@@ -16,6 +16,8 @@ INK_SATURATION = 0.4
 """Of blue and green ink. The sky blue of a weak haematoxylin and of glass is paler."""
 BLACK_VALUE, BLACK_CHROMA = 0.25, 0.1
 """Black ink is darker than the first and greyer (maximum less minimum of R, G, B) than the second."""
+ONE_CLASS = 5.0
+"""Of 255: means of Otsu's two classes that are closer are of one class, glass with its noise and shading."""
 INK_RIM = 2
 """Pixels of the mask round a stroke that are neither ink nor tissue."""
 
@@ -58,11 +60,13 @@ def tissue_mask(
     """(H, W): where tissue is, and the threshold that tells it from glass.
 
     Otsu's threshold on the saturation of all that is not ink, held inside `saturation` (0 ... 255): an empty slide
-    has no tissue, however its noise splits, and a slide without glass is not split in two. Then a closing by a disk
-    of `closing` pixels fills what is pale inside the tissue.
+    has no tissue, however its noise splits, and a slide without glass is not split in two. Where there is one class only,
+    the threshold is the upper bound: glass may be tinted. Then a closing by a disk of `closing` pixels fills what is pale
+    inside the tissue.
     """
     strength = np.concatenate([(hsv(strip)[1] * 255).round().astype(np.uint8) for strip in _strips(image)])
-    threshold = float(np.clip(otsu(strength[~ink]), *saturation))
+    found = otsu(values := strength[~ink])
+    threshold = float(np.clip(found, *saturation)) if class_gap(values, found) > ONE_CLASS else saturation[1]
     mask: Mask = (strength > threshold) & ~ink
     if closing > 0:
         y, x = np.ogrid[-closing : closing + 1, -closing : closing + 1]
@@ -81,6 +85,12 @@ def otsu(values: NDArray[np.uint8]) -> float:
         between = below * above * np.square(sums / below - rest / above)
     best = np.nan_to_num(between)
     return float(np.flatnonzero(best == best.max()).mean()) if best.max() > 0 else float(values.max(initial=0))
+
+
+def class_gap(values: NDArray[np.uint8], threshold: float) -> float:
+    """How far the means of the values above and below a threshold are apart; 0 if one side is empty."""
+    is_above = values > threshold
+    return float(values[is_above].mean() - values[~is_above].mean()) if 0 < is_above.sum() < values.size else 0.0
 
 
 def shares(mask: Mask, boxes: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,10 +1,12 @@
 """Which slides there are: a folder of them or a table, with what is known of each."""
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from ssl_platform.data import dicom
 from ssl_platform.data.identity import Names
 from ssl_platform.data.slides.reading import EXTENSIONS, open_slide
 from ssl_platform.data.sources import is_manifest, manifest_items, walk
@@ -12,7 +14,14 @@ from ssl_platform.data.tables import read_table
 
 Given = TypeVar("Given", Path, str)
 
+logger = logging.getLogger(__name__)
+
 GEOJSON_COLUMNS = ("include", "exclude", "labels")
+_WITHOUT = {
+    "include": "all of their tissue is kept",
+    "exclude": "nothing of them is excluded",
+    "labels": "their tiles have no label",
+}
 OURS = ("x", "y", "level", "mpp", "slide")
 """Columns that every tile has; of these a table may have `mpp`, which is the slide's."""
 
@@ -39,12 +48,12 @@ class SlideRow(NamedTuple):
 
 def folder_slides(folder: Path) -> list[SlideRow]:
     """Every slide below a folder, sorted by name; of the files of one DICOM slide only the first."""
-    found = [Path(place, file) for place, files in walk(folder) for file in files if _is_slide(file)]
+    found = [path for place, files in walk(folder) for file in files if _is_slide(path := Path(place, file))]
     names = sorted(path.relative_to(folder).as_posix() for path in found)
     kept, series = [], set[tuple[Path, str]]()
     for name in names:
         path = folder / name
-        if path.suffix.lower() == ".dcm":
+        if _is_dicom(path):
             number = (path.parent, _series(path))
             if number in series:
                 continue
@@ -55,8 +64,12 @@ def folder_slides(folder: Path) -> list[SlideRow]:
     return kept
 
 
-def _is_slide(file: str) -> bool:
-    return not file.startswith(".") and Path(file).suffix[1:].lower() in EXTENSIONS
+def _is_slide(path: Path) -> bool:
+    return not path.name.startswith(".") and (path.suffix[1:].lower() in EXTENSIONS or _is_dicom(path))
+
+
+def _is_dicom(path: Path) -> bool:
+    return path.suffix.lower() == ".dcm" or dicom.is_unnamed(path)
 
 
 def _series(path: Path) -> str:
@@ -135,7 +148,9 @@ def with_patients(rows: Sequence[SlideRow], patients: Path) -> list[SlideRow]:
             raise ValueError(f"{patients}: line {line}: slide or patient is empty")
         if given.setdefault(slide, patient) != patient:
             raise ValueError(f"{patients}: line {line}: {slide} has two patients")
-    found = [_named(row, given) for row in rows]
+    found, unused = _given_to(rows, given, patients)
+    if unused:
+        logger.info("%s: %d of its slides are not among those given, the first is %s", patients, len(unused), unused[0])
     if missing := [row.name for row, patient in zip(rows, found, strict=True) if patient is None]:
         raise ValueError(
             f"{patients}: {len(missing)} of {len(rows)} slides have no patient in it, the first is {missing[0]}; "
@@ -156,12 +171,9 @@ def with_regions(rows: Sequence[SlideRow], given: Mapping[str, Path | None]) -> 
                 f"{place}: one GeoJSON file for {len(rows)} slides; name a folder with a NAME.geojson for each slide, "
                 f"or give the table of slides a column {kind}"
             )
-        files = {path.stem: path for path in sorted(place.glob("*.*json"))} if place.is_dir() else {}
-        found = [_named(row, files) if place.is_dir() else place for row in rows]
-        if not any(found):
-            raise ValueError(
-                f"{place}: no GeoJSON file in it has the name of a slide, such as {rows[0].path.stem}.geojson"
-            )
+        if own := [row.name for row in rows if kind in dict(row.regions)]:
+            raise ValueError(f"{place}: {own[0]} has its own file of regions ({kind}); leave out one or the other")
+        found = _files_of(rows, kind, place) if place.is_dir() else [place]
         rows = [
             row._replace(regions=(*row.regions, (kind, path))) if path else row
             for row, path in zip(rows, found, strict=True)
@@ -169,7 +181,43 @@ def with_regions(rows: Sequence[SlideRow], given: Mapping[str, Path | None]) -> 
     return list(rows)
 
 
-def _named(row: SlideRow, given: Mapping[str, Given]) -> Given | None:
-    """What is given for a slide by its name, its file name, or its file name without the ending."""
-    found = (given.get(name) for name in (row.name, row.path.name, row.path.stem))
-    return next((value for value in found if value is not None), None)
+def _files_of(rows: Sequence[SlideRow], kind: str, folder: Path) -> list[Path | None]:
+    """The GeoJSON file of each slide; slides without one, and files of no slide, are told: names may be misspelt."""
+    files: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.*json")):
+        if (other := files.setdefault(path.stem, path)) != path:
+            raise ValueError(f"{folder}: {other.name} and {path.name} are of the same slide; move one away")
+    found, unused = _given_to(rows, files, folder)
+    bare = [row.name for row, path in zip(rows, found, strict=True) if path is None]
+    if len(bare) == len(rows):
+        raise ValueError(
+            f"{folder}: no GeoJSON file in it has the name of a slide, such as {rows[0].path.stem}.geojson"
+        )
+    if bare:
+        logger.warning(
+            "%s: %d of %d slides have no file in it, the first is %s: %s",
+            folder, len(bare), len(rows), bare[0], _WITHOUT[kind],
+        )  # fmt: skip
+    if unused:
+        logger.warning("%s: %d files are of no slide, the first is %s", folder, len(unused), files[unused[0]].name)
+    return found
+
+
+def _given_to(
+    rows: Sequence[SlideRow], given: Mapping[str, Given], source: Path
+) -> tuple[list[Given | None], list[str]]:
+    """What is given for each slide by its name, its file name, or that without the ending; and what is given for none.
+
+    Raises ValueError if one entry fits several slides.
+    """
+    found: list[Given | None] = []
+    used: dict[str, str] = {}
+    for row in rows:
+        key = next((name for name in (row.name, row.path.name, row.path.stem) if name in given), None)
+        if key is not None and (other := used.setdefault(key, row.name)) != row.name:
+            raise ValueError(
+                f"{source}: '{key}' fits {other} and {row.name}; use longer names there, or a table of slides with "
+                "columns for this, so that each slide gets what is its own"
+            )
+        found.append(None if key is None else given[key])
+    return found, [key for key in given if key not in used]

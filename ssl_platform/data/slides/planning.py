@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from ssl_platform.data.items import Item
 from ssl_platform.data.processes import parallel
 from ssl_platform.data.slides.listing import SlideRow
-from ssl_platform.data.slides.preview import write_preview
+from ssl_platform.data.slides.preview import shows, write_preview
 from ssl_platform.data.slides.reading import SlideTiles
 from ssl_platform.data.slides.tiling import Options, SlidePlan, dumped, loaded, plan_slide
 from ssl_platform.data.tars import atomic_file
@@ -21,6 +21,8 @@ from ssl_platform.data.tars import atomic_file
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
+RULES = 2
+"""Rises when the same options choose other tiles: what an earlier version remembers is then planned again."""
 PLANS = ".slides"
 """The folder in OUT that remembers the plans; hidden, and free to be deleted."""
 
@@ -73,16 +75,17 @@ def plan_slides(
 
 
 def _remembered(row: SlideRow, options: Options, folder: Path, previews: Path | None) -> SlidePlan:
-    path = folder / f"{_digest(row, options)}.json"
+    digest = _digest(row, options)
+    path = folder / f"{digest}.json"
     picture = previews / f"{row.key}.png" if previews is not None else None
-    if path.exists() and (picture is None or picture.exists()):
+    if path.exists() and (picture is None or shows(picture, digest)):
         try:
             return loaded(path.read_text(encoding="utf-8"))
         except (ValueError, TypeError, KeyError) as error:
             logger.warning("%s: cannot be read (%s), so the slide is looked at again", path, error)
     plan, mask = plan_slide(row, options)
     if picture is not None and mask is not None:
-        write_preview(picture, plan, mask)
+        write_preview(picture, plan, mask, digest)
     if not plan.failed:  # which may be mended by the next time
         with atomic_file(path) as file:
             file.write(dumped(plan).encode())
@@ -93,7 +96,9 @@ def _digest(row: SlideRow, options: Options) -> str:
     """Changes with the slide's file, its regions' files, and all that was asked for."""
     files = [row.path, *(path for _, path in row.regions)]
     states = [(state.st_size, state.st_mtime_ns) for file in files if (state := _state(file))]
-    text = repr((FORMAT, row.key, row.name, row.mpp, [kind for kind, _ in row.regions], row.outside, states, options))
+    text = repr(
+        (FORMAT, RULES, row.key, row.name, row.mpp, [kind for kind, _ in row.regions], row.outside, states, options)
+    )
     return hashlib.blake2b(text.encode(errors="surrogateescape"), digest_size=12).hexdigest()
 
 

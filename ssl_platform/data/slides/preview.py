@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from PIL import Image, ImageDraw
+from PIL.PngImagePlugin import PngInfo
 from scipy import ndimage
 
 from ssl_platform.data.tars import atomic_file
@@ -14,11 +15,24 @@ if TYPE_CHECKING:
 
 LARGEST = 1200
 """Pixels of the longer side."""
+_DIGEST = "plan"
 TISSUE, INK, TILE = (0, 120, 60), (230, 60, 0), (20, 60, 230)
 
 
-def write_preview(path: Path, plan: "SlidePlan", mask: "Mask") -> None:
-    """Tissue outlined in green, ink in orange, kept tiles in blue. Only the scanned area itself is shown."""
+def shows(path: Path, digest: str) -> bool:
+    """Whether the picture at `path` was written with this digest."""
+    try:
+        with Image.open(path) as picture:
+            return picture.info.get(_DIGEST) == digest
+    except OSError:
+        return False
+
+
+def write_preview(path: Path, plan: "SlidePlan", mask: "Mask", digest: str) -> None:
+    """Tissue outlined in green, ink in orange, kept tiles in blue. Only the scanned area itself is shown.
+
+    `digest` stands for the options that the plan was made with.
+    """
     height, width = mask.tissue.shape
     factor = min(LARGEST / max(height, width), 4.0)
     size = max(round(width * factor), 1), max(round(height * factor), 1)
@@ -33,5 +47,7 @@ def write_preview(path: Path, plan: "SlidePlan", mask: "Mask") -> None:
     boxes = mask.boxes(np.concatenate([corners, corners + np.array(plan.size)], axis=1))
     for box in (boxes * np.tile([size[0] / width, size[1] / height], 2)).tolist():
         draw.rectangle(box, outline=TILE)
+    about = PngInfo()
+    about.add_text(_DIGEST, digest)
     with atomic_file(path) as file:
-        picture.save(file, format="PNG")
+        picture.save(file, format="PNG", pnginfo=about)

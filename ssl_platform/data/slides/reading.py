@@ -110,7 +110,7 @@ def microns_per_pixel(
 ) -> tuple[float, float]:
     """(x, y) of level 0: the override, else openslide's, else TIFF resolution tags, else (if asked) 10 / objective.
 
-    Raises ValueError that names the remedies if there is none, or none that a scanner could have made.
+    What no scanner makes counts as nothing said. Raises ValueError that names the remedies if nothing is left.
     """
     if override is not None:
         return override, override
@@ -120,16 +120,20 @@ def microns_per_pixel(
         dots = _pair(properties, "tiff.XResolution", "tiff.YResolution")
         found = dots and (unit / dots[0], unit / dots[1])
     objective = _pair(properties, "openslide.objective-power", "openslide.objective-power")
-    if found is None and from_objective and objective is not None:
+    if from_objective and objective is not None and (found is None or not _is_plausible(found)):
         found = 10 / objective[0], 10 / objective[1]
     fix = "give --override-mpp, or a column mpp in the table of slides"
     if objective is not None and not from_objective:
         fix += f", or --mpp-from-objective to trust its objective power {objective[0]:g}"
     if found is None:
         raise ValueError(f"its metadata does not say how many microns a pixel is wide; {fix}")
-    if not all(PLAUSIBLE_MPP[0] <= mpp <= PLAUSIBLE_MPP[1] for mpp in found):
+    if not _is_plausible(found):
         raise ValueError(f"its metadata says {found[0]:.4g} microns per pixel, which no scanner makes; {fix}")
     return found
+
+
+def _is_plausible(mpp: tuple[float, float]) -> bool:
+    return all(PLAUSIBLE_MPP[0] <= axis <= PLAUSIBLE_MPP[1] for axis in mpp)
 
 
 def _pair(properties: Mapping[str, str], *names: str) -> tuple[float, float] | None:

@@ -19,8 +19,9 @@ def read_regions(path: Path, origin: tuple[float, float] = (0, 0)) -> dict[str, 
     """{class: shapely geometry} of the areas in a GeoJSON file, in pixels of level 0; `origin` is added to them.
 
     A FeatureCollection, a bare list of features, or one feature; Polygon and MultiPolygon (with holes) are areas, of a
-    GeometryCollection its areas; points and lines are passed over. ASAP's XML counts from the corner of the whole slide,
-    and knows no origin: see `asap`. Raises ValueError that names the file.
+    GeometryCollection its areas; points, lines and features without a geometry are passed over, and where nothing is
+    left there is no region. ASAP's XML counts from the corner of the whole slide, and knows no origin: see `asap`. Raises
+    ValueError that names the file.
     """
     shapely = _shapely()
     if path.suffix.lower() == ".xml":
@@ -34,15 +35,19 @@ def read_regions(path: Path, origin: tuple[float, float] = (0, 0)) -> dict[str, 
     areas: dict[str, list[Any]] = {}
     for number, feature in enumerate(features if isinstance(features, list) else [None]):
         try:
-            shape = shapely.geometry.shape(feature["geometry"])
+            if feature["geometry"] is None:
+                continue
+            with np.errstate(invalid="ignore"):  # said below
+                shape = shapely.geometry.shape(feature["geometry"])
+            if not np.isfinite(shapely.get_coordinates(shape)).all():
+                raise ValueError("a coordinate is not a finite number")
+            parts = asap.polygons(shapely.make_valid(shape), shapely)
             name = _class_name(feature.get("properties") or {})
         except Exception as error:  # shapely raises whatever a wrong nesting makes NumPy raise
             what = f"{type(error).__name__}: {error}"
             raise ValueError(f"{path}: feature {number} is not a GeoJSON feature with a geometry ({what})") from error
-        areas.setdefault(name, []).extend(asap.polygons(shapely.make_valid(shape), shapely))
+        areas.setdefault(name, []).extend(parts)
     found = {name: shapely.union_all(parts) for name, parts in areas.items() if parts}
-    if not found:
-        raise ValueError(f"{path}: no Polygon or MultiPolygon in it, so there is no region")
     if tuple(origin) != (0, 0):
         found = {name: shapely.affinity.translate(area, *origin) for name, area in found.items()}
     return found
@@ -60,6 +65,13 @@ def _class_name(properties: Mapping[str, Any]) -> str:
 def union(areas: Mapping[str, Any]) -> Any:
     """All that any class covers."""
     return _shapely().union_all(list(areas.values()))
+
+
+def share_beyond(areas: Mapping[str, Any], size: tuple[int, int]) -> float:
+    """The share of what any class covers that lies outside a slide of this width and height."""
+    whole = union(areas)
+    inside = _shapely().intersection(whole, _shapely().box(0, 0, *size))
+    return 1 - float(inside.area / whole.area) if whole.area else 0.0
 
 
 def outside(areas: Mapping[str, Any], boxes: NDArray[np.float64]) -> Any:

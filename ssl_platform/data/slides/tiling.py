@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 CHECKS = ("too little tissue", "ink", "outside the included regions", "in excluded regions", "above the cap")
 MOST_MASK_PIXELS = 200_000_000
 """A whole glass of 26 x 76 mm has 31 million at 8 microns; a small file can claim any size."""
+MOST_BEYOND = 0.1
+"""Of the area of regions: hands slip across the border of a slide."""
 _MASK_BLOCK = 512
 """Pixels of the mask that are read at a time."""
 
@@ -133,7 +135,7 @@ def _plan(plan: SlidePlan, row: SlideRow, options: Options) -> Mask:
         plan.left_out = f"no tile of {plan.places} is kept: {why}"
         return mask
     if path := dict(row.regions).get("labels"):
-        areas = regions.read_regions(path, _geojson_origin(row, options))
+        areas = _areas(plan, row, options, "labels", path)
         if row.outside is not None:
             areas[row.outside] = regions.outside(areas, boxes)
         plan.labels = list(regions.labels(areas, boxes[chosen], options.label_share))
@@ -166,7 +168,7 @@ def _checked(
     for kind, path in row.regions:
         if kind == "labels":
             continue
-        areas = regions.read_regions(path, _geojson_origin(row, options))
+        areas = _areas(plan, row, options, kind, path)
         share = regions.region_shares(regions.union(areas), boxes)
         if kind == "include":
             verdicts["outside the included regions"] = share < options.include_share
@@ -177,6 +179,21 @@ def _checked(
         plan.dropped[check] = int((kept & fails).sum())
         kept &= ~fails
     return kept
+
+
+def _areas(plan: SlidePlan, row: SlideRow, options: Options, kind: str, path: Path) -> dict[str, Any]:
+    """The regions of a file; that it can hardly be this slide's is noted, without its name: notes are shared."""
+    areas = regions.read_regions(path, _geojson_origin(row, options))
+    width, height = open_slide(row.path).dimensions
+    verb = kind.removesuffix("s")
+    if not areas:
+        plan.notes.append(f"the file of its regions to {verb} has no Polygon or MultiPolygon, so there is none")
+    elif (share := regions.share_beyond(areas, (width, height))) > MOST_BEYOND:
+        plan.notes.append(
+            f"{100 * share:.0f} % of its regions to {verb} lie outside of its {width} x {height} pixels: were they drawn "
+            "on another slide, or in other units than pixels of level 0?"
+        )
+    return areas
 
 
 def _geojson_origin(row: SlideRow, options: Options) -> tuple[float, float]:
