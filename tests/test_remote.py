@@ -463,8 +463,8 @@ def refusal(server: Server, tmp_path: Path, url: str, **changes: Any) -> str:
         ("HOST/skin/*.tgz", "HOST/skin/*.tgz: no tar matches, or this server does not list its files; give the folder, or a "
          "range such as shard-{000000..000099}.tar"),
         ("HOST/skin/shard-{3..1}.tar", "{3..1}: the range ends before it begins"),
-        ("https://***@host/x", "https://***@host/x: credentials are left out of saved configurations; give the URL again "
-         "(data.shards=...)"),
+        ("https://***@host/x", "https://***@host/x: credentials are left out of messages and saved configurations; give "
+         "the whole URL again (data.shards=...)"),
         ("pipe:cat x.tar", "pipe:cat x.tar: pipe: runs a command of this configuration in a shell, which is off; if you "
          "trust the configuration, set data.allow_pipe=true"),
         ("pip:cat x.tar", "pip:cat x.tar: no such file or folder; expected a folder of tars, a tar, or a pattern such as "

@@ -12,7 +12,8 @@ import pytest
 
 from ssl_platform.data import transfer
 from ssl_platform.data.file_systems import check_protocol
-from ssl_platform.data.transfer import Cancelled, RemoteError, Transfers, judge
+from ssl_platform.data.transfer import Cancelled, RemoteError, Transfers
+from ssl_platform.data.transfer_problems import judge
 from ssl_platform.location import Url
 from tests.misbehaving import Server, served
 
