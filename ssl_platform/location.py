@@ -14,6 +14,7 @@ from pydantic_core import CoreSchema, PydanticSerializationUnexpectedValue, core
 
 HIDDEN = "***"
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://|pipe:", re.IGNORECASE)
+_URL_IN_TEXT = re.compile(r"[a-z][a-z0-9+.-]+://[^\s'\"<>()]+", re.IGNORECASE)
 _SHOWN = {"download", "raw", "alt", "version", "versionid", "generation", "id", "ref", "format"}
 """Keys of a query whose values are no secrets; the others may sign it."""
 _SIGNING = re.compile(
@@ -88,6 +89,11 @@ class Url:
         return Url(urlunsplit(kept).rstrip("/"))
 
     @property
+    def server(self) -> str:
+        """Its protocol and host or bucket, to be shown."""
+        return "pipe:" if self.protocol == "pipe" else "/".join(str(self).split("/")[:3])
+
+    @property
     def secrets(self) -> list[str]:
         """The parts of it that must not be shown."""
         if self.protocol == "pipe":
@@ -101,8 +107,9 @@ class Url:
         )
 
     def hide(self, text: str) -> str:
-        """`text`, which somebody else wrote about this URL, without its credentials."""
+        """`text`, which somebody else wrote about this URL, without credentials: its own, or of where it was sent on to."""
         text = text.replace(self.full, str(self))
+        text = _URL_IN_TEXT.sub(lambda found: _without_credentials(found.group()), text)
         for secret in self.secrets:
             text = text.replace(secret, HIDDEN)
         return text
@@ -176,6 +183,13 @@ def _shown(value: Any) -> str:
     if not isinstance(value, Url):  # of a union's members, another one's
         raise PydanticSerializationUnexpectedValue("no URL")
     return str(value)
+
+
+def _without_credentials(text: str) -> str:
+    try:
+        return str(Url(text))
+    except ValueError:  # urlsplit's, for what only looks like a URL
+        return HIDDEN
 
 
 def _is_shown(item: str) -> bool:

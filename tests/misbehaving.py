@@ -1,5 +1,6 @@
 """A real HTTP server on loopback that misbehaves on demand and counts what it is asked."""
 
+import contextlib
 import functools
 import http.server
 import socket
@@ -21,6 +22,8 @@ class Server:
         self.gets: Counter[str] = Counter()
         self.heads: Counter[str] = Counter()
         self.headers: list[dict[str, str]] = []
+        self.sent = 0
+        """Bytes of "endless" bodies."""
         self.lock = threading.Lock()
         self.half_sent = threading.Event()
         """Set when "stall" has sent its half."""
@@ -83,10 +86,16 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
+        if fault.startswith("to "):  # "to URL"
+            self.send_response(302)
+            self.send_header("Location", fault[3:])
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
         body = Path(self.translate_path(self.path)).read_bytes()
         half = body[: len(body) // 2]
         self.send_response(200)
-        if fault != "short, unsaid":
+        if fault not in ("short, unsaid", "endless"):
             self.send_header("Content-Length", str(len(half) if fault == "short, wrong length" else len(body)))
         self.send_header("Connection", "close")
         self.end_headers()
@@ -97,6 +106,13 @@ class _Handler(http.server.SimpleHTTPRequestHandler):
                 time.sleep(0.3)
                 self.wfile.write(body[len(half) :][piece * len(half) // 10 : (piece + 1) * len(half) // 10])
             self.wfile.write(body[2 * len(half) :])
+        elif fault == "endless":
+            with contextlib.suppress(OSError):  # until the other side hangs up
+                while not self.ours.released.is_set():
+                    self.wfile.write(body)
+                    self.ours.sent += len(body)
+        elif fault == "longer than said":
+            self.wfile.write(body[len(half) :] + body)
         elif fault == "stall":
             self.ours.half_sent.set()
             self.ours.released.wait(60)

@@ -397,6 +397,10 @@ class Run(Config):
         ),
         ({"sources": {"a": {}}}, "data.sources.a.shards: missing, and it has no default"),
         ({"sources": {"a": {"shards": "x", "weight": 0}}}, "data.sources.a.weight: input should be greater than 0, got 0"),
+        (
+            {"sources": {"a": {"shards": "x", "weight": float("nan")}}},
+            "data.sources.a.weight: input should be a finite number, got NaN",
+        ),
         ({"sources": {"a": {"shards": "x", "wieght": 2}}}, "data.sources.a.wieght: unknown key; did you mean 'weight'?"),
         (
             {"sources": {"a": {"shards": "x", "max_per_group": 0}}},
@@ -462,6 +466,8 @@ def test_balance_by_a_column_that_only_one_source_has(tmp_path: Path) -> None:
     other_way_round = build_order(index, dict(reversed(sources.items())), 0, 16)
     assert [other_way_round[position] for position in range(50)] == [order[position] for position in range(50)]
     before = described(sources, index)
+    nearly = {**sources, "b": SourceConfig(shards=tmp_path / "b", weight=3.0000001)}
+    assert described(nearly, index) != before, "which is another order"
     labelled_tar(tmp_path / "a" / "0.tar", ["cat", "dog"], site="y", group="p0")
     changed = described(sources, open_shards(None, sources))
     assert before.startswith("; a: 4 shards, weight 1, balance site (") and changed != before

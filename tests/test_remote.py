@@ -223,6 +223,14 @@ def test_a_transfer_that_ends_while_room_is_counted_is_counted(tmp_path: Path, m
     assert sum(found.st_size for _, found in files) + reserved == 700
 
 
+def test_names_that_are_too_long_or_hidden_stay_apart(tmp_path: Path) -> None:
+    cache = ShardCache(tmp_path, 10**9, 0, Transfers(5, 0, threading.Event()))
+    urls = [f"https://host/a/{name}.tar" for name in ("b" * 200, "c" + "b" * 199, "x", ".x", "..x", "a%2Fx", "a_x")]
+    entries = [cache.entry(Url(url)) for url in urls]
+    assert len({str(entry.file) for entry in entries}) == len(urls)
+    assert all(len(entry.beside("about").name) < 200 and entry.name[0] != "." for entry in entries)
+
+
 def test_an_index_pushes_no_shards_out(server: Server, tmp_path: Path) -> None:
     ShardReader(skin(server, tmp_path), 4).read(0)
     skin(server, tmp_path, cache_gigabytes=1e-6)  # as in a configuration with a slip of the pen
@@ -314,6 +322,56 @@ def test_verify_names_what_is_wrong_behind_a_url(
     assert pack(command) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "Remote shards are read by the index beside them" in said
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_commands_give_up_on_a_server_that_dies(
+    tmp_path: Path, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Forty shards, three processes: a dead server costs the tries of one shard, and one line."""
+    (tmp_path / "served").mkdir()
+    local = write_shards(tmp_path / "served/toy", [2] * 40)
+    with served(tmp_path / "served") as server:
+        for shard in local.shards:
+            server.faults[shard.name] = ["503"] * 99
+        given = ["--cache-dir", str(tmp_path / "cache"), "--workers", "3", "--retries", "2"]
+        given += ["--out", str(tmp_path / "report")] if command == "inspect" else []
+        assert pack([command, f"{server.url}/toy", *given]) == 2
+        assert len(server.tars()) <= 3 and max(server.tars().values()) <= 3
+        error = [
+            line for line in capsys.readouterr().err.splitlines() if " WARNING " not in line and " INFO " not in line
+        ]
+        assert len(error) == 1 and error[0].startswith(
+            f"ssl-pack {command}: {server.url} is out of reach, so no more files are tried. {server.url}/toy/"
+        )
+        assert error[0].endswith("(3 tries). Check the server; --retries sets how often it is asked.")
+        url = server.url
+    assert pack([command, f"{url}/toy", *given]) == 2
+    assert f"ssl-pack {command}: {url} is out of reach" in capsys.readouterr().err
+    assert not (tmp_path / "report").exists()
+
+
+def test_commands_speak_of_their_own_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, error in (
+        (["pipe:cat x.tar"], "ssl-pack verify: pipe:cat x.tar: pipe: runs a command in a shell, which only a configuration "
+         "can allow; write what it gives into a tar (COMMAND > x.tar) and give that\n"),
+        (["https://***@host/x"], "ssl-pack verify: https://***@host/x: credentials are left out of messages and saved "
+         "configurations; give the whole URL again\n"),
+        (["https://host/x", "--cache-dir", str(tmp_path / "file/x")], f"ssl-pack verify: --cache-dir {tmp_path / 'file/x'}: "
+         "cannot be written (Not a directory); set another one\n"),
+    ):  # fmt: skip
+        (tmp_path / "file").touch()
+        assert pack(["verify", *arguments]) == 2
+        assert capsys.readouterr().err == error
+    for option, value in (
+        ("cache-gigabytes", "-3"),
+        ("cache-gigabytes", "nan"),
+        ("timeout-seconds", "0"),
+        ("retries", "x"),
+    ):
+        with pytest.raises(SystemExit):
+            pack(["verify", "https://host/x", f"--{option}", value])
+        assert f"argument --{option}: '{value}': expected a " in capsys.readouterr().err
 
 
 def test_commands_that_copy_refuse_urls(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -480,8 +538,8 @@ def refusal(server: Server, tmp_path: Path, url: str, **changes: Any) -> str:
         ("HOST/skin/*.tgz", "HOST/skin/*.tgz: no tar matches, or this server does not list its files; give the folder, or a "
          "range such as shard-{000000..000099}.tar"),
         ("HOST/skin/shard-{3..1}.tar", "{3..1}: the range ends before it begins"),
-        ("https://***@host/x", "https://***@host/x: credentials are left out of saved configurations; give the URL again "
-         "(data.shards=...)"),
+        ("https://***@host/x", "https://***@host/x: credentials are left out of messages and saved configurations; give "
+         "the whole URL again (data.shards=...)"),
         ("pipe:cat x.tar", "pipe:cat x.tar: pipe: runs a command of this configuration in a shell, which is off; if you "
          "trust the configuration, set data.allow_pipe=true"),
         ("pip:cat x.tar", "pip:cat x.tar: no such file or folder; expected a folder of tars, a tar, or a pattern such as "

@@ -1,7 +1,10 @@
 """One file over HTTP from a server that stalls, resets, cuts off and refuses: tried again, or named in the end."""
 
 import errno
+import multiprocessing
+import pickle
 import threading
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
@@ -12,7 +15,8 @@ import pytest
 
 from ssl_platform.data import transfer
 from ssl_platform.data.file_systems import check_protocol
-from ssl_platform.data.transfer import Cancelled, RemoteError, Transfers, judge
+from ssl_platform.data.transfer import Cancelled, Reach, RemoteError, Transfers
+from ssl_platform.data.transfer_problems import judge
 from ssl_platform.location import Url
 from tests.misbehaving import Server, served
 
@@ -31,6 +35,13 @@ class NoWaiting:
     def wait(self, timeout: float | None = None) -> bool:
         self.waits.append(timeout or 0)
         return False
+
+
+class FastStop(threading.Event):
+    """Pauses of no length."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        return super().wait(0)
 
 
 @pytest.fixture
@@ -67,6 +78,7 @@ def fetch(
         (["short, unsaid"], f"{len(BODY) // 2} bytes came of {len(BODY)}"),
         (["short, wrong length"], f"{len(BODY) // 2} bytes came of {len(BODY)}"),
         (["reset", "short", "503"], "the server answered 503 Service Unavailable"),
+        (["endless"], f"more came than the {len(BODY)} bytes that there should be"),
     ],
 )
 def test_what_passes_is_tried_again(
@@ -79,6 +91,101 @@ def test_what_passes_is_tried_again(
     assert said in caplog.text and "Traceback" not in caplog.text
     for number, wait in enumerate(stop.waits):
         assert 0.5 <= wait / 2**number <= 1, "twice as long each time, with jitter"
+
+
+def test_a_body_without_an_end_does_not_fill_the_disk(server: Server, tmp_path: Path) -> None:
+    server.faults["x.tar"] = ["endless"] * 9
+    with pytest.raises(RemoteError, match=rf"x.tar: more came than the {len(BODY)} bytes .* \(2 tries\)"):
+        fetch(server, tmp_path, retries=1)
+    assert server.gets["x.tar"] == 2
+    assert (tmp_path / "part").stat().st_size <= len(BODY) + 2**20
+
+
+def test_what_follows_the_announced_length_is_no_part_of_the_file(server: Server, tmp_path: Path) -> None:
+    server.faults["x.tar"] = ["longer than said"]
+    body, stop = fetch(server, tmp_path)
+    assert body == BODY and not stop.waits
+
+
+def test_redirects(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Followed; a circle is an error at once; and the address that they lead to, often a signed one, stays hidden."""
+    (tmp_path / "served/y.tar").write_bytes(BODY)
+    server.faults["x.tar"] = [f"to {server.url}/y.tar?X-Amz-Signature=abcdef"]
+    assert fetch(server, tmp_path)[0] == BODY and server.gets["y.tar"] == 1
+    server.faults["x.tar"] = [f"to {server.url}/x.tar?X-Amz-Signature=abcdef"] * 99
+    with pytest.raises(
+        RemoteError, match=r"x.tar: it is redirected without end \(1 try\)\. Check the address"
+    ) as caught:
+        fetch(server, tmp_path)
+    said = str(caught.value)
+    for target in ("sftp://me:hunter2@127.0.0.1/x?sig=abcdef", "http://me:hunter2@127.0.0.1:1/x?sig=abcdef"):
+        server.faults["x.tar"] = [f"to {target}"] * 9
+        with pytest.raises(RemoteError) as caught:
+            fetch(server, tmp_path, retries=1)
+        said += str(caught.value)
+    assert not any(secret in said + caplog.text for secret in ("hunter2", "abcdef")), said
+
+
+def test_processes_that_share_a_reach_give_up_together(server: Server, tmp_path: Path) -> None:
+    """One runs out of tries; the other, in a transfer or a pause, ends at once and tells the same."""
+    fork = multiprocessing.get_context("fork")
+    reach, told = Reach(), fork.SimpleQueue()
+    (tmp_path / "served/y.tar").write_bytes(BODY)
+    server.faults["x.tar"], server.faults["y.tar"] = ["stall"] * 9, ["503 after 60"] * 9
+
+    def work(name: str, retries: int, timeout: float) -> None:
+        try:
+            Transfers(timeout, retries, threading.Event(), reach).download(
+                Url(f"{server.url}/{name}"), tmp_path / f"{name}.part", None
+            )
+        except RemoteError as error:
+            told.put((str(error), error.out_of_reach, pickle.loads(pickle.dumps(error)).out_of_reach))
+
+    reach.note_answer()
+    waiting = [fork.Process(target=work, args=(name, 99, 10_000), daemon=True) for name in ("x.tar", "y.tar")]
+    for process in waiting:
+        process.start()
+    deadline = time.monotonic() + 30
+    while not (server.half_sent.is_set() and server.gets["y.tar"]):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    with pytest.raises(RemoteError) as caught:
+        Transfers(5, 0, NoWaiting(), reach).download(Url(f"{server.url}/y.tar"), tmp_path / "part", None)
+    text = (
+        f"{server.url} is out of reach, so no more files are tried. {server.url}/y.tar: the server answered 503 Service "
+        "Unavailable (1 try). Check the server; data.retries sets how often it is asked."
+    )
+    assert str(caught.value) == text
+    for process in waiting:
+        process.join(30)
+    assert [told.get() for _ in waiting] == [(text, True, True)] * 2
+    gets = server.gets.total()
+    with pytest.raises(RemoteError):
+        Transfers(5, 9, NoWaiting(), reach).describe(Url(f"{server.url}/x.tar"))
+    assert server.gets.total() == gets and not server.heads["x.tar"], "nothing more is asked"
+
+
+def test_a_server_that_never_answered_is_asked_less_often(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transfer, "FIRST_WAIT", 0.01)
+    for answered, tries in ((False, 4), (True, 6)):
+        server.faults["x.tar"], server.gets["x.tar"] = ["503"] * 9, 0
+        reach = Reach()
+        if answered:
+            Transfers(5, 0, NoWaiting(), reach).describe(Url(f"{server.url}/x.tar"))
+        with pytest.raises(RemoteError, match=rf"\({tries} tries\)"):
+            Transfers(5, 5, FastStop(), reach).download(Url(f"{server.url}/x.tar"), tmp_path / "part", None)
+        assert server.gets["x.tar"] == tries
+
+
+def test_a_missing_file_is_no_server_out_of_reach(server: Server, tmp_path: Path) -> None:
+    reach = Reach()
+    for name, fault in (("none.tar", ""), ("x.tar", "403"), ("x.tar", "short"), ("x.tar", "endless")):
+        server.faults[name] = [fault] * 2 if fault else []
+        with pytest.raises(RemoteError) as caught:
+            Transfers(5, 1, FastStop(), reach).download(Url(f"{server.url}/{name}"), tmp_path / "part", len(BODY))
+        assert not caught.value.out_of_reach and not reach.failure
 
 
 def test_a_slow_server_is_not_a_stalled_one(server: Server, tmp_path: Path) -> None:

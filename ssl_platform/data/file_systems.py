@@ -19,6 +19,8 @@ from fsspec.callbacks import Callback
 
 from ssl_platform.location import Url
 
+CONNECT_SECONDS = 10.0
+"""Who has not answered a call for so long is not there; what is sent, slowly, has `timeout_seconds` for each pause."""
 _POLL = 0.05
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs", "http": "http", "https": "http"}
 _GET_OPTIONS: dict[str, dict[str, Any]] = {
@@ -101,12 +103,13 @@ def _settings(family: str, timeout: float) -> dict[str, Any]:
         import aiohttp
 
         # aiohttp would end every transfer after 5 minutes in all; a large shard takes longer.
-        limits = aiohttp.ClientTimeout(total=None, sock_connect=timeout, sock_read=timeout)
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=min(timeout, CONNECT_SECONDS), sock_read=timeout)
         client = {"trust_env": True, **own.get("client_kwargs", {}), "timeout": limits}  # proxies and ~/.netrc
         headers = {"Accept-Encoding": "identity", **own.get("headers", {})}
         return {"client_kwargs": client, "headers": headers}
     if family == "s3":
-        once = {"connect_timeout": timeout, "read_timeout": timeout, "retries": {"max_attempts": 0}}
+        times = {"connect_timeout": min(timeout, CONNECT_SECONDS), "read_timeout": timeout}
+        once = {**times, "retries": {"max_attempts": 0}}
         return {"config_kwargs": {**own.get("config_kwargs", {}), **once}}
     return {}
 

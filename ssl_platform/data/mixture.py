@@ -171,13 +171,18 @@ def described(sources: Mapping[str, SourceConfig], index: Index) -> str:
     """What, with the index, seed and window, decides the order of a mixture; empty without one."""
     texts = []
     for name, source in sorted(sources.items()):
-        text = f"; {name}: {len(index.sources[name])} shards, weight {source.weight:g}"
+        text = f"; {name}: {len(index.sources[name])} shards, weight {_exact(source.weight)}"
         if source.balance is not None:
             text += f", balance {source.balance} ({index.column_digest(source.balance)})"
         if source.max_per_group is not None:
             text += f", max_per_group {source.max_per_group} ({index.column_digest('group')})"
         texts.append(text)
     return "".join(texts)
+
+
+def _exact(weight: float) -> str:
+    """All digits that count: another weight is another order."""
+    return f"{weight:g}" if float(f"{weight:g}") == weight else repr(weight)
 
 
 def summary(sources: Mapping[str, SourceConfig], order: Order, num_positions: int) -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ssl_platform.data.index import Index
-from ssl_platform.data.remote import RemoteReader
+from ssl_platform.data.remote_reading import RemoteReader
 from ssl_platform.data.slides import tiles
 from ssl_platform.data.tars import BLOCK, Record, key_of_header, parse_record, shown
 from ssl_platform.data.transfer import Cancelled, RemoteError

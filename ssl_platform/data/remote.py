@@ -1,9 +1,8 @@
-"""Shards behind URLs: their index is read first, and their bytes come through the node's cache, fetched ahead of use."""
+"""Shards behind URLs: which ones a URL stands for, their index, which is read first, and how they are fetched and kept."""
 
 import argparse
 import heapq
-import logging
-import multiprocessing
+import math
 import os
 import threading
 import time
@@ -20,15 +19,9 @@ from ssl_platform.data.index_files import is_plain, open_fetched, read_descripti
 from ssl_platform.data.index_rows import describe
 from ssl_platform.data.shard_cache import ShardCache
 from ssl_platform.data.tars import scan_shard
-from ssl_platform.data.transfer import Cancelled, RemoteError, Stop, Transfers
+from ssl_platform.data.transfer import Reach, RemoteError, Stop, Transfers
+from ssl_platform.data.transfer_problems import of_configuration
 from ssl_platform.location import HIDDEN, Url, expand_braces
-
-logger = logging.getLogger(__name__)
-
-NUM_FETCHERS = 2
-"""Threads of each worker that fetch ahead."""
-TRY_AGAIN, LOOK_AGAIN = 2.0, 30.0
-"""Seconds until they try again to fetch a file for which there was no room, or look again after one that was here."""
 
 
 def default_cache_dir() -> Path:
@@ -45,15 +38,22 @@ class RemoteSettings:
     timeout_seconds: float = 30.0
     retries: int = 7
     allow_pipe: bool = False
+    of_command: bool = False
+    """Whether these are options of a command, which ends when a server is out of reach, and not keys of a configuration."""
 
     @classmethod
     def of_arguments(cls, arguments: argparse.Namespace) -> "RemoteSettings":
         """What the options of `add_cache_arguments` say."""
-        return cls(cache_dir=arguments.cache_dir, cache_gigabytes=arguments.cache_gigabytes)
+        names = ("cache_dir", "cache_gigabytes", "timeout_seconds", "retries")
+        return cls(**{name: getattr(arguments, name) for name in names}, of_command=True)
+
+    def option(self, name: str) -> str:
+        """What a message calls the field `name`."""
+        return f"--{name.replace('_', '-')}" if self.of_command else of_configuration(name)
 
 
 def add_cache_arguments(parser: "argparse._ActionsContainer") -> None:
-    """`--cache-dir` and `--cache-gigabytes`, of every command that reads shards behind URLs."""
+    """`--cache-dir` and others, of every command that reads shards behind URLs."""
     parser.add_argument(
         "--cache-dir",
         type=Path,
@@ -62,8 +62,38 @@ def add_cache_arguments(parser: "argparse._ActionsContainer") -> None:
         help="where copies of shards behind URLs are kept (%(default)s)",
     )
     parser.add_argument(
-        "--cache-gigabytes", type=float, default=50.0, metavar="N", help="so much of it at most (%(default)s)"
+        "--cache-gigabytes", type=_positive, default=50.0, metavar="N", help="so much of it at most (%(default)s)"
     )
+    parser.add_argument(
+        "--timeout-seconds",
+        type=_positive,
+        default=30.0,
+        metavar="N",
+        help="a transfer without a byte for so long has stalled (%(default)s)",
+    )
+    parser.add_argument(
+        "--retries",
+        type=_whole,
+        default=5,
+        metavar="N",
+        help="tries after the first, with growing pauses; at most 3 of a server that never answered (%(default)s)",
+    )
+
+
+def _positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"'{text}': expected a number above 0")
+    return value
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"'{text}': expected a whole number, 0 or more")
+    return int(text)
 
 
 class Remote:
@@ -74,6 +104,7 @@ class Remote:
         self.sizes: dict[Url, int] = {}
         """Bytes of each shard."""
         self._opened = time.time()
+        self._reach = Reach() if settings.of_command else None
         self._cache = self.cache(threading.Event())
 
     def cache(self, stop: Stop) -> ShardCache:
@@ -85,9 +116,10 @@ class Remote:
                 pass
         except OSError as error:
             raise RemoteError(
-                f"data.cache_dir {folder}: cannot be written ({error.strerror}); set another one"
+                f"{self.settings.option('cache_dir')} {folder}: cannot be written ({error.strerror}); set another one"
             ) from error
-        transfers = Transfers(self.settings.timeout_seconds, self.settings.retries, stop)
+        settings = self.settings
+        transfers = Transfers(settings.timeout_seconds, settings.retries, stop, self._reach, settings.option)
         return ShardCache(folder, int(self.settings.cache_gigabytes * 1e9), self._opened, transfers)
 
     @contextmanager
@@ -107,9 +139,15 @@ class Remote:
         """The (folder, names of tars) that a URL or pattern stands for; None = all of the folder."""
         if HIDDEN in url.full:
             raise ValueError(
-                f"{url}: credentials are left out of saved configurations; give the URL again (data.shards=...)"
+                f"{url}: credentials are left out of messages and saved configurations; give the whole URL again"
+                + ("" if self.settings.of_command else " (data.shards=...)")
             )
         if url.protocol == "pipe":
+            if self.settings.of_command:
+                raise ValueError(
+                    f"{url}: pipe: runs a command in a shell, which only a configuration can allow; write what it gives "
+                    "into a tar (COMMAND > x.tar) and give that"
+                )
             if not self.settings.allow_pipe:
                 raise ValueError(
                     f"{url}: pipe: runs a command of this configuration in a shell, which is off; if you trust the "
@@ -218,89 +256,3 @@ def _texts(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _texts(item)
-
-
-# -- reading -----------------------------------------------------------------------------------------------------------
-
-
-class RemoteReader:
-    """What one ShardReader, in whichever process, has of the remote shards. `close` ends its transfers everywhere."""
-
-    def __init__(self, remote: Remote) -> None:
-        self._remote = remote
-        self._stop = multiprocessing.get_context("fork").Event()  # set in the training process, seen in its workers
-        self._process = 0
-        self._cache: ShardCache
-        self._fetchers: Fetchers
-
-    def open(self, url: Url) -> int:
-        """A descriptor of the complete shard; raises RemoteError."""
-        return self._begun().open(url, self._remote.sizes.get(url))
-
-    def expect(self, current: Sequence[Url], following: Sequence[Url]) -> None:
-        """Keeps the shards `current`, which are being read, and fetches them and then `following` in the background."""
-        self._begun().pin(current)
-        self._fetchers.want([(url, self._remote.sizes.get(url)) for url in (*current, *following)])
-
-    def _begun(self) -> ShardCache:
-        """The cache of this process: threads, locks and event loops do not survive a fork."""
-        if self._process != os.getpid():
-            self._cache = self._remote.cache(self._stop)
-            self._fetchers = Fetchers(self._cache)
-            self._process = os.getpid()
-        return self._cache
-
-    def close(self) -> None:
-        """Ends transfers, here and in forked processes; nothing can be read any more."""
-        self._stop.set()
-        if self._process == os.getpid():
-            self._fetchers.close()
-            self._cache.close()
-
-
-class Fetchers:
-    """Threads that fetch files ahead of their use."""
-
-    def __init__(self, cache: ShardCache) -> None:
-        self._cache = cache
-        self._changed = threading.Condition()
-        self._wanted: list[tuple[Url, int | None]] = []
-        self._not_before: dict[Url, float] = {}
-        self._closed = False
-        self._threads: list[threading.Thread] = []
-
-    def want(self, files: Sequence[tuple[Url, int | None]]) -> None:
-        """Replaces what is to be fetched, in this order; to be called again and again."""
-        with self._changed:
-            now = time.monotonic()
-            self._not_before = {url: until for url, until in self._not_before.items() if until > now}
-            self._wanted = [(url, size) for url, size in files if url not in self._not_before]
-            while self._wanted and len(self._threads) < NUM_FETCHERS:
-                self._threads.append(threading.Thread(target=self._work, daemon=True, name="fetch ahead"))
-                self._threads[-1].start()
-            self._changed.notify_all()
-
-    def _work(self) -> None:
-        while (next_file := self._next()) is not None:
-            here = False
-            try:
-                here = self._cache.prefetch(*next_file)
-            except Cancelled:
-                return
-            except Exception:  # whoever needs the file gets this error itself
-                logger.debug("fetching ahead failed", exc_info=True)
-            with self._changed:
-                self._not_before[next_file[0]] = time.monotonic() + (LOOK_AGAIN if here else TRY_AGAIN)
-
-    def _next(self) -> tuple[Url, int | None] | None:
-        with self._changed:
-            while not self._wanted and not self._closed:
-                self._changed.wait()
-            return None if self._closed else self._wanted.pop(0)
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join(timeout=5)

@@ -74,7 +74,8 @@ class ShardCache:
         """The same for every process and run."""
         readable = re.sub(r"[^A-Za-z0-9._-]", "_", url.parent.name or url.protocol)[-40:].strip(".") or "root"
         name = re.sub(r"[/\0]", "_", url.name).lstrip(".")[-120:] or "file"
-        return Entry(self.folder / f"{readable}-{url.parent.key}", name)
+        own = "" if name == url.name else f"{url.key}-"  # or a name that was cut would be that of another file too
+        return Entry(self.folder / f"{readable}-{url.parent.key}", own + name)
 
     def open(self, url: Url, size: int | None = None, *, again: bool = False) -> int:
         """A descriptor of the complete file, which is fetched if need be, `again` even if it seems to be here.
@@ -86,9 +87,8 @@ class ShardCache:
         except RemoteError:
             raise
         except OSError as error:
-            raise RemoteError(
-                f"{url}: no copy can be kept in {self.folder} ({error.strerror}). Check that disk, or set data.cache_dir."
-            ) from error
+            text = f"{url}: no copy can be kept in {self.folder} ({error.strerror}). Check that disk, or set "
+            raise RemoteError(f"{text}{self.transfers.option('cache_dir')}.") from error
 
     def _opened(self, url: Url, size: int | None, again: bool) -> int:
         entry = self.entry(url)
@@ -157,7 +157,7 @@ class ShardCache:
         """The file, under its lock: checked against the server, or fetched; None if `ahead` and there is no room."""
         if (file := self._checked(entry, size)) is not None:  # another process has fetched it meanwhile
             return file
-        transfers = replace(self.transfers, retries=0) if ahead else self.transfers
+        transfers = replace(self.transfers, retries=0, reach=None) if ahead else self.transfers
         found = transfers.describe(url)
         if not again and url.protocol != "pipe" and self._is_current(entry, found, size):
             os.utime(entry.file, ns=(time.time_ns(),) * 2)
@@ -215,8 +215,8 @@ class ShardCache:
             if excess > 0 and not self._said_too_small:
                 self._said_too_small = True
                 logger.warning(
-                    "%s: readers hold more than data.cache_gigabytes=%g allows; %.2f GB more are used for %s",
-                    self.folder, self.capacity / 1e9, excess / 1e9, url,
+                    "%s: %s=%g does not hold what is being read; %.3g GB more are used for %s",
+                    self.folder, self.transfers.option("cache_gigabytes"), self.capacity / 1e9, excess / 1e9, url,
                 )  # fmt: skip
             os.pwrite(lock, b"%d" % size, 0)
         return True

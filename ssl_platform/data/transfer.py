@@ -1,23 +1,23 @@
 """One remote file into one local file: stalls, resets and short bodies are noticed, tried again, and named in the end."""
 
 import asyncio
-import errno
+import ctypes
 import logging
+import multiprocessing
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 from fsspec.callbacks import Callback
 
-from ssl_platform.data.file_systems import CommandError, IncompleteError, call, run_command
+from ssl_platform.data.file_systems import IncompleteError, call, run_command
 from ssl_platform.data.order import generator
+from ssl_platform.data.transfer_problems import Problem, judge, of_configuration
 from ssl_platform.location import Url
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0
 _POLL = 0.05
 _VERSIONS = ("ETag", "etag", "generation", "md5Hash", "Content-MD5", "Digest", "Last-Modified", "LastModified", "mtime")
 """What file systems call that which changes with the contents of a file, the surest first."""
+_FIRST_RETRIES = 3
+"""Tries after the first of a server that a command asks for the first time: its address may be wrong."""
 
 
 class RemoteError(OSError):
@@ -36,6 +38,8 @@ class RemoteError(OSError):
 
     missing = False
     """Whether the server says that there is none, or will not say."""
+    out_of_reach = False
+    """Whether other files of the same server cannot be had either, as far as one can tell."""
 
 
 class Cancelled(Exception):
@@ -57,6 +61,38 @@ class Description(NamedTuple):
     """Changes with the contents: an etag, a generation or a time."""
 
 
+class Reach:
+    """Whether the servers of a command answer, known to all of its forked processes: one has to find out, not each.
+
+    Reading it takes no lock, which a process that is killed might hold for ever.
+    """
+
+    def __init__(self) -> None:
+        fork = multiprocessing.get_context("fork")
+        self._text, self._failed = fork.RawArray(ctypes.c_char, 4096), fork.RawValue(ctypes.c_bool)
+        self._answered = fork.RawValue(ctypes.c_bool)
+        self._first = fork.Lock()
+
+    @property
+    def failure(self) -> str:
+        """Why nothing more is asked; empty as long as it is."""
+        return self._text.value.decode(errors="ignore") if self._failed.value else ""
+
+    @property
+    def answered(self) -> bool:
+        """Whether anything was ever had."""
+        return bool(self._answered.value)
+
+    def note_answer(self) -> None:
+        self._answered.value = True
+
+    def give_up(self, failure: str) -> None:
+        """Ends the transfers of all processes; the first failure is the one that is told."""
+        if self._first.acquire(block=False):  # and never let go
+            self._text.value = failure.encode()[:4000]
+            self._failed.value = True
+
+
 @dataclass(frozen=True)
 class Transfers:
     """How files are fetched, and until when."""
@@ -65,6 +101,10 @@ class Transfers:
     """Without a byte for so long, a transfer has stalled."""
     retries: int
     stop: Stop
+    reach: Reach | None = None
+    """What processes that give up together share; None = each file has all its tries."""
+    option: Callable[[str], str] = of_configuration
+    """What an option of RemoteSettings is called in messages."""
 
     def describe(self, url: Url) -> Description:
         """Asks for size and version; raises RemoteError."""
@@ -88,6 +128,7 @@ class Transfers:
         """
 
         def attempt(progress: _Progress) -> Coroutine[Any, Any, None]:
+            progress.expected = size
             if url.protocol == "pipe":
                 return run_command(url, part, progress)
             return call(url, "get_file", self.timeout_seconds, str(part), callback=progress)
@@ -110,25 +151,55 @@ class Transfers:
     ) -> Any:
         rng = generator("retry", socket.gethostname(), os.getpid(), url.key)  # processes must not all return at once
         for number in range(1, self.retries + 2):
+            self._check_reach()
             progress = _Progress()
             try:
                 found = _in_thread(lambda: self._watched(begin(progress), progress))  # noqa: B023 (called at once)
-                return finish(progress) if finish else found
-            except Cancelled:
+                result = finish(progress) if finish else found
+            except (Cancelled, RemoteError):
                 raise
             except Exception as error:
-                problem = judge(error, url, self.timeout_seconds)
-                if problem.permanent or number > self.retries:
-                    tries = "1 try" if number == 1 else f"{number} tries"
-                    failure = RemoteError(f"{url}: {problem.reason} ({tries}). {problem.advice}")
-                    failure.missing = problem.missing
-                    raise failure from None
+                problem = judge(error, url, self.timeout_seconds, self.option)
+                unknown = self.reach is not None and not self.reach.answered
+                retries = min(self.retries, _FIRST_RETRIES) if unknown else self.retries
+                if problem.permanent or number > retries:
+                    raise self._failure(url, problem, number) from None
+            else:
+                if self.reach is not None:
+                    self.reach.note_answer()
+                return result
             wait = min(FIRST_WAIT * 2 ** (number - 1), LONGEST_WAIT) * float(rng.uniform(0.5, 1))
             wait = max(wait, min(problem.wait, LONGEST_WAIT))
-            logger.warning("%s: %s; trying again in %.1f s (%d of %d)", url, problem.reason, wait, number, self.retries)
-            if self.stop.wait(wait):
-                raise Cancelled
+            logger.warning("%s: %s; trying again in %.1f s (%d of %d)", url, problem.reason, wait, number, retries)
+            self._pause(wait)
         raise AssertionError("the loop returns or raises")
+
+    def _failure(self, url: Url, problem: Problem, number: int) -> RemoteError:
+        """The error after the last try; if it is the server's, nobody who shares `reach` goes on."""
+        tries = "1 try" if number == 1 else f"{number} tries"
+        text = f"{url}: {problem.reason} ({tries}). {problem.advice}"
+        if problem.out_of_reach and self.reach is not None:
+            text = f"{url.server} is out of reach, so no more files are tried. {text}"
+            self.reach.give_up(text)
+        failure = RemoteError(text)
+        failure.missing, failure.out_of_reach = problem.missing, problem.out_of_reach
+        return failure
+
+    def _check_reach(self) -> None:
+        if self.reach is not None and self.reach.failure:
+            failure = RemoteError(self.reach.failure)
+            failure.out_of_reach = True
+            raise failure
+
+    def _pause(self, seconds: float) -> None:
+        """Waits; raises Cancelled, or RemoteError if another process has given up meanwhile."""
+        end, piece = time.monotonic() + seconds, seconds if self.reach is None else 0.2
+        while True:
+            if self.stop.wait(min(piece, seconds)):
+                raise Cancelled
+            self._check_reach()
+            if self.reach is None or (seconds := end - time.monotonic()) <= 0:
+                return
 
     async def _watched(self, transfer: Coroutine[Any, Any, Result], progress: "_Progress") -> Result:
         """The result of a transfer that moves on; raises TimeoutError when it stalls, and Cancelled."""
@@ -136,94 +207,14 @@ class Transfers:
         while not (await asyncio.wait({task}, timeout=_POLL))[0]:
             stalled = time.monotonic() - progress.moved > self.timeout_seconds
             if stalled or self.stop.is_set():
-                task.cancel()
-                await asyncio.wait({task}, timeout=1)
+                await _ended(task)
                 raise TimeoutError if stalled else Cancelled
+            try:
+                self._check_reach()
+            except RemoteError:
+                await _ended(task)
+                raise
         return task.result()
-
-
-class Problem(NamedTuple):
-    """What is to be said of an error, and to be done about it."""
-
-    reason: str
-    advice: str
-    permanent: bool
-    wait: float = 0
-    """Seconds for which the server asked."""
-    missing: bool = False
-
-
-def judge(error: BaseException, url: Url, timeout_seconds: float) -> Problem:
-    """Whether trying again may help, and words for it without credentials."""
-    while isinstance(error, FileNotFoundError) and error.__cause__ is not None:  # fsspec's, for whatever went wrong
-        error = error.__cause__
-    status, headers = _status(error)
-    if isinstance(error, IncompleteError):
-        return Problem(
-            str(error), "Check that the upload is complete and that index.json belongs to these tars.", False
-        )
-    if isinstance(error, CommandError):
-        return Problem(str(error), "Run it in a shell to see what it needs.", False)
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
-        return Problem(
-            "there is no such file (404)", "Check the address, and that it was uploaded.", True, missing=True
-        )
-    refused = isinstance(error, PermissionError) or status in (401, 403)
-    if refused or "Credentials" in type(error).__name__:
-        reason = f"access was refused ({status or 403})" if refused else "no credentials were found"
-        advice = "Check the credentials (environment, ~/.aws, gcloud, ~/.netrc), whether a signed URL has expired, and "
-        return Problem(reason, advice + "the permissions.", True, missing=refused)
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return Problem(
-            "no room on the disk of the cache",
-            "Free some, or set data.cache_dir or a lower data.cache_gigabytes.",
-            True,
-        )
-    if isinstance(error, TimeoutError):  # asyncio's and aiohttp's too
-        advice = "Check the network and the server; data.timeout_seconds and data.retries make it more patient."
-        return Problem(f"stalled: not a byte for {timeout_seconds:g} s", advice, False)
-    if type(error).__name__ == "ClientPayloadError":  # aiohttp's; its cause looks like a status of 400
-        return Problem("the connection ended inside the file", "Check the network and the server.", False)
-    text = url.hide(" ".join(str(error).split()))[:300]
-    if status is not None:
-        permanent = 400 <= status < 500 and status not in (408, 425, 429)
-        reason = f"the server answered {status} {getattr(error, 'message', '')}".strip()
-        advice = "Check the server; data.retries sets how often it is asked."
-        return Problem(url.hide(reason), advice, permanent, _wait(headers))
-    passing = isinstance(error, OSError | EOFError) or type(error).__module__.partition(".")[0] in (
-        "aiohttp", "aiobotocore", "botocore", "gcsfs", "google", "requests", "urllib3",
-    )  # fmt: skip
-    permanent = not passing or "Certificate" in type(error).__name__
-    reason = f"{type(error).__name__}: {text}".rstrip(": ")
-    return Problem(reason, "Check the network, the server and the address.", permanent)
-
-
-def _status(error: BaseException | None) -> tuple[int | None, Any]:
-    """The HTTP status in an error of aiohttp, botocore or gcsfs, and the headers."""
-    while error is not None:
-        response = getattr(error, "response", None)
-        if isinstance(response, dict):
-            about = response.get("ResponseMetadata", {})
-            return about.get("HTTPStatusCode"), about.get("HTTPHeaders", {})
-        for name in ("status", "code"):
-            value = getattr(error, name, None)
-            if isinstance(value, int) and 100 <= value < 600:
-                return value, getattr(error, "headers", None) or {}
-        error = error.__cause__
-    return None, {}
-
-
-def _wait(headers: Any) -> float:
-    """Seconds of a Retry-After header, given as such or as a date; 0 without one."""
-    text = str(headers.get("Retry-After", headers.get("retry-after", ""))).strip()
-    try:
-        return float(text) if text.replace(".", "").isdigit() else _until(text)
-    except (ValueError, TypeError):
-        return 0.0
-
-
-def _until(date: str) -> float:
-    return max((parsedate_to_datetime(date) - datetime.now(UTC)).total_seconds(), 0.0) if date else 0.0
 
 
 class _Progress(Callback):  # type: ignore[misc]  # fsspec has no types
@@ -232,9 +223,23 @@ class _Progress(Callback):  # type: ignore[misc]  # fsspec has no types
     def __init__(self) -> None:
         super().__init__()
         self.moved = time.monotonic()
+        self.expected: int | None = None
+        """Bytes of the file by its index; the server may announce others, or none."""
 
     def call(self, hook_name: str | None = None, **kwargs: Any) -> None:
+        """Raises IncompleteError when more comes than there is: a body without an end must not fill the disk."""
         self.moved = time.monotonic()
+        most = self.size if self.expected is None else self.expected
+        if most is not None and self.value > most:
+            raise IncompleteError(f"more came than the {most} bytes that there should be")
+
+
+async def _ended(task: "asyncio.Future[Any]") -> None:
+    """Cancels a transfer, and takes the error that it may end with, which asyncio would log with the whole URL."""
+    task.cancel()
+    await asyncio.wait({task}, timeout=1)
+    if task.done() and not task.cancelled():
+        task.exception()
 
 
 def _in_thread(begin: Callable[[], Coroutine[Any, Any, Result]]) -> Result:

@@ -91,6 +91,8 @@ def _check_shard(job: Job, decode: bool, remote: Remote | None) -> Checked:
         with remote.copy(job.path) as path:
             return _check_file(job, path, decode)
     except RemoteError as error:
+        if error.out_of_reach:  # the others are too; without an answer nothing can be said of any
+            raise
         return Checked(problems=[Problem(job.name, "", printable(without(str(error), job.path)))])
 
 
