@@ -591,6 +591,17 @@ def test_a_cache_that_is_too_small(server: Server, tmp_path: Path, capsys: pytes
     )
 
 
+@pytest.mark.parametrize("windows", [2, 3])
+def test_a_third_window_is_advised(
+    server: Server, tmp_path: Path, windows: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    remote = skin(server, tmp_path, cache_gigabytes=(windows * SHARD + 1) / 1e9).remote
+    assert remote is not None
+    remote.check_room([list(remote.sizes)], window_shards=1)
+    said = "data.cache_gigabytes=0.000327681 holds two shuffle windows and not a third"
+    assert (said in caplog.text) == (windows == 2) and (windows == 2 or not caplog.messages)
+
+
 def test_a_cache_that_is_too_small_for_a_mixture(
     server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

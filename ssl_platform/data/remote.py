@@ -2,6 +2,7 @@
 
 import argparse
 import heapq
+import logging
 import math
 import os
 import threading
@@ -22,6 +23,8 @@ from ssl_platform.data.tars import scan_shard
 from ssl_platform.data.transfer import Reach, RemoteError, Stop, Transfers
 from ssl_platform.data.transfer_problems import of_configuration
 from ssl_platform.location import HIDDEN, Url, expand_braces
+
+logger = logging.getLogger(__name__)
 
 
 def default_cache_dir() -> Path:
@@ -223,11 +226,14 @@ class Remote:
     def check_room(self, pools: Sequence[Sequence[Path | Url]], window_shards: int) -> None:
         """Raises ValueError if the cache cannot hold a shuffle window and the next one, fetched meanwhile, of every pool.
 
+        A third window is for the slowest process of the node, which may be one behind: a warning says if there is no room.
         pools: the shards of each source of a mixture and each class that it balances; shards may be in several.
         """
         every = [[self.sizes.get(shard, 0) for shard in pool if isinstance(shard, Url)] for pool in pools]
-        needed = sum(sum(heapq.nlargest(2 * window_shards, sizes)) for sizes in every)
-        needed = min(needed, sum(self.sizes.values()))
+        needed, ample = (
+            min(sum(sum(heapq.nlargest(num * window_shards, sizes)) for sizes in every), sum(self.sizes.values()))
+            for num in (2, 3)
+        )
         if needed > self.settings.cache_gigabytes * 1e9:
             enough = needed * 1.05 / 1e9
             each = f" for each of {len(pools)} sources and classes" if len(pools) > 1 else ""
@@ -236,6 +242,12 @@ class Remote:
                 f"{window_shards} and the next one, fetched meanwhile,{each} need up to {needed / 1e9:.3g} GB; set it to at "
                 f"least {enough:.3g}, or lower window_shards"
             )
+        if ample > self.settings.cache_gigabytes * 1e9:
+            logger.warning(
+                "%s=%g holds two shuffle windows and not a third: if processes of a node are a window apart, shards "
+                "are fetched again; %.3g is enough for each to come once an epoch",
+                self.settings.option("cache_gigabytes"), self.settings.cache_gigabytes, ample * 1.05 / 1e9,
+            )  # fmt: skip
 
 
 def index_files(about: dict[str, Any]) -> list[str]:
