@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import struct
 from pathlib import Path
@@ -13,6 +14,7 @@ from PIL import Image
 
 from ssl_platform.data.index import Index
 from ssl_platform.data.media import extensions_of, file_media, medium_of
+from ssl_platform.data.media.points import recognises
 from ssl_platform.data.pack import main
 from ssl_platform.data.reading import ShardReader
 from ssl_platform.data.sources import folder_items
@@ -233,3 +235,36 @@ def test_the_room_that_is_said_is_the_room_that_is_taken(
     assert said is not None
     size = (tmp_path / "out/shard-000000.tar").stat().st_size
     assert size / 1.5 < float(said[1]) * {"kB": 1e3, "MB": 1e6}[said[2]] < size * 1.5
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<,4', 'f",
+        "{'descr': (<f4}, 'f",
+        "{'descr': '<f4', B'f",
+        "t'descr':\n'<f4', 'f",
+        "{'descr': '<04', 'f",
+    ],
+)
+def test_an_array_with_a_damaged_header_is_left_out(
+    header: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NumPy evaluates it as Python, whose errors are of many kinds; the first file of a folder is also asked what it is."""
+    folder = tmp_path / "clouds"
+    folder.mkdir()
+    whole = cloud()
+    end = whole.index(b"ortran_order")
+    damaged = whole[:10] + header.encode() + whole[end:]
+    (folder / "a.npy").write_bytes(damaged)
+    (folder / "b.npy").write_bytes(whole)
+    assert pack(folder, tmp_path / "out", "--medium", "points") == 1
+    assert "left out: a.npy: " in capsys.readouterr().err
+    assert len(Index.open(tmp_path / "out")) == 1
+    assert not recognises(damaged)
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe")
+    assert [item.name for item in folder_items(tmp_path, labels=False)] == ["a.png"]
