@@ -27,7 +27,7 @@ from ssl_platform.data.index import Index
 from ssl_platform.data.pack import main as pack
 from ssl_platform.data.reading import BadSampleError, ShardReader, decoded
 from ssl_platform.data.shards import preprocessed
-from ssl_platform.data.tars import shown
+from ssl_platform.data.tar_headers import shown
 from ssl_platform.modalities._images import decode_image
 from tests.bad_shards import (
     END,

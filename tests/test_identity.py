@@ -11,6 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +25,7 @@ from ssl_platform.data.pack import main
 from ssl_platform.data.reading import ShardReader
 from ssl_platform.train import main as train
 from tests import test_image_metadata as files
+from tests.clips import frames
 
 ROOT = Path(__file__).parents[1]
 NAMES = [
@@ -147,6 +149,83 @@ def test_no_name_is_in_an_unfinished_pack(tree: Path, tmp_path: Path) -> None:
     assert pack(tree, tmp_path / "out", "--part", "0/2", "--samples-per-shard", 8, "--allow-bad") == 0
     assert {"pack.json", "part-00000-of-00002.json"} <= {path.name for path in (tmp_path / "out").iterdir()}
     assert_no_name(tmp_path / "out")
+
+
+def _clip(path: Path) -> None:
+    """Names in the container's and the stream's tags, and among the pictures."""
+    import av
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        container.metadata.update(title=NAMES[0], comment=NAMES[1], artist=NAMES[2])
+        stream = container.add_stream("mjpeg" if path.suffix == ".avi" else "mpeg4", rate=25)
+        stream.width, stream.height = 64, 48
+        stream.pix_fmt = "yuvj420p" if path.suffix == ".avi" else "yuv420p"
+        stream.metadata["title"] = NAMES[7]
+        for picture in frames(3):
+            for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
+                container.mux(_with_comment(packet, path.suffix))
+        container.mux(stream.encode())
+
+
+def _with_comment(packet: Any, extension: str) -> Any:
+    import av
+
+    data, name = bytes(packet), NAMES[8].encode()
+    if extension == ".avi":
+        data = data[:2] + b"\xff\xfe" + (len(name) + 2).to_bytes(2, "big") + name + data[2:]
+    else:
+        data = b"\0\0\1\xb2" + name + data
+    texted = av.Packet(data)
+    for name in ("pts", "dts", "time_base", "duration", "is_keyframe", "stream"):
+        setattr(texted, name, getattr(packet, name))
+    return texted
+
+
+def _recording(path: Path) -> None:
+    import soundfile
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with soundfile.SoundFile(path, "w", 16000, 1, format=path.suffix[1:].upper()) as file:
+        file.title, file.artist, file.comment = NAMES[0], NAMES[1], NAMES[7]
+        file.write(np.random.default_rng(0).normal(0, 0.1, 16000))
+
+
+def _shapes(folder: Path) -> None:
+    """A mesh and clouds with names in comments, in names of objects and materials."""
+    square = "0 0 0\n1 0 0\n1 1 0\n0 1 0\n"
+    ply = f"ply\nformat ascii 1.0\ncomment {NAMES[0]}\nelement vertex 4\n"
+    ply += "property float x\nproperty float y\nproperty float z\nend_header\n"
+    vertices = "".join(f"v {line}\n" for line in square.splitlines())
+    for name, text in {
+        "off": f"OFF\n# {NAMES[0]}\n4 1 0\n{square}4 0 1 2 3\n",
+        "obj": f"# {NAMES[1]}\nmtllib {NAMES[7]}.mtl\no {NAMES[7]}\n{vertices}f 1 2 3\n",
+        "ply": ply + square,
+        "xyz": f"# {NAMES[8]}\n{square}",
+        "stl": f"solid {NAMES[9]}\nfacet normal 0 0 1\nouter loop\nvertex 0 0 0\nvertex 1 0 0\nvertex 1 1 0\nendloop\n"
+        f"endfacet\nendsolid {NAMES[9]}\n",
+    }.items():
+        save(folder / NAMES[0] / f"{NAMES[1]}.{name}", text.encode())
+
+
+@pytest.mark.parametrize("medium", ["audio", "points", "video"])
+def test_no_name_is_in_other_media_nor_in_what_commands_write_of_them(medium: str, tmp_path: Path) -> None:
+    top = tmp_path / NAMES[7]
+    if medium == "points":
+        _shapes(top)
+    for extension in {"audio": ("wav", "flac", "ogg", "mp3", "aiff"), "video": ("avi", "mp4", "mkv")}.get(medium, ()):
+        (_recording if medium == "audio" else _clip)(top / NAMES[0] / f"{NAMES[1]}.{extension}")
+    bad = {"audio": "flac", "points": "ply", "video": "mp4"}[medium]
+    save(top / NAMES[1] / f"{NAMES[2]}.{bad}", NAMES[0].encode())
+    out, made = tmp_path / "shards", tmp_path / "made"
+    made.mkdir()
+    assert pack(top, out, "--groups", "folder", "--allow-bad") == 0
+    assert any(names_in(file.read_bytes()) for file in top.rglob("*.*")), "the files do name people"
+    assert pack("verify", out, "--json", made / "verify.json") == 0
+    assert pack("inspect", out, "--out", made / "report") == 0
+    assert pack("prune", out, made / "pruned", "--keep", "0.7") == 0
+    assert pack("merge", out, made / "pruned", made / "merged", "--allow-duplicate-keys") == 0
+    assert assert_no_name(out) > 5 and assert_no_name(made) > 10
 
 
 def test_a_table_keeps_the_columns_that_are_named(tree: Path, tmp_path: Path) -> None:

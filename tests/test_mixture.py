@@ -5,6 +5,7 @@ import shutil
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -323,12 +324,16 @@ def test_any_world_size_workers_accumulation_and_resume_give_the_same_batches(mi
         assert_equal(whole, [joined(micro[accumulate * step : accumulate * (step + 1)]) for step in range(6)])
 
 
-@settings(max_examples=40)
-@given(sizes, seeds, st.data())
+def divisors(number: int) -> st.SearchStrategy[int]:
+    return st.sampled_from([divisor for divisor in range(1, number + 1) if number % divisor == 0])
+
+
+@settings(max_examples=60)
+@given(sizes, seeds, st.integers(1, 40), st.lists(st.integers(0, 5), max_size=4), st.data())
 def test_any_split_of_the_work_gives_the_same_global_batches(
-    shard_counts: list[list[int]], seed: int, data: st.DataObject
+    shard_counts: list[list[int]], seed: int, batch_size: int, stops: list[int], data: st.DataObject
 ) -> None:
-    """Each worker of each rank has an order of its own, and the run is stopped and goes on with other numbers."""
+    """Each worker of each rank has an order of its own, and wherever the run is stopped it goes on with other numbers."""
     index, num_steps = indexed(shard_counts, labels=[0, 1], groups=[0, 0, 1]), 5
     made = {
         "weight": [data.draw(weights) for _ in shard_counts],
@@ -336,26 +341,24 @@ def test_any_split_of_the_work_gives_the_same_global_batches(
         "max_per_group": [data.draw(st.sampled_from([None, 1, 2])) for _ in shard_counts],
     }
     whole = mixed(index, seed, **made)
-    batch_size = 12 * data.draw(st.integers(1, 2))
-    stopped = data.draw(st.integers(0, num_steps))
     seen: dict[int, tuple[int, int]] = {}
-    for steps in (range(stopped), range(stopped, num_steps)):
-        world_size, workers = data.draw(st.sampled_from([1, 2, 3, 6])), data.draw(st.integers(1, 3))
-        accumulate = data.draw(st.sampled_from([1, 2]))
+    for begin, end in pairwise([0, *sorted(stops), num_steps]):
+        world_size, workers = (
+            data.draw(divisors(batch_size), label="ranks"),
+            data.draw(st.integers(0, 4), label="workers"),
+        )
+        accumulate = data.draw(divisors(batch_size // world_size), label="accumulate")
+        numbers = [(step, micro_step) for step in range(begin, end) for micro_step in range(accumulate)]
         for rank in range(world_size):
-            orders = [mixed(index, seed, **made) for _ in range(workers)]
-            numbers = [(step, micro_step) for step in steps for micro_step in range(accumulate)]
+            orders = [mixed(index, seed, **made) for _ in range(max(workers, 1))]  # without workers it reads by itself
             for number, (step, micro_step) in enumerate(numbers):
-                for position in micro_batch_positions(
-                    step,
-                    micro_step,
-                    batch_size=batch_size,
-                    accumulate=accumulate,
-                    rank=rank,
-                    world_size=world_size,
-                ):
+                positions = micro_batch_positions(
+                    step, micro_step, batch_size=batch_size, accumulate=accumulate, rank=rank, world_size=world_size
+                )
+                assert len(positions) == batch_size // (world_size * accumulate)
+                for position in positions:
                     assert position not in seen and position // batch_size == step
-                    seen[position] = orders[number % workers][position]
+                    seen[position] = orders[number % len(orders)][position]
     assert seen == {position: whole[position] for position in range(num_steps * batch_size)}
 
 

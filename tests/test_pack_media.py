@@ -2,6 +2,9 @@
 
 import io
 import json
+import os
+import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ from PIL import Image
 
 from ssl_platform.data.index import Index
 from ssl_platform.data.media import extensions_of, file_media, medium_of
+from ssl_platform.data.media.points import recognises
 from ssl_platform.data.pack import main
 from ssl_platform.data.reading import ShardReader
 from ssl_platform.data.sources import folder_items
@@ -187,3 +191,80 @@ def test_every_medium_is_told_from_the_others() -> None:
     shared = {extension for extension in asked if asked.count(extension) > 1}
     assert shared == {"npy", "webm"}, "others are told by their content, which a test shows"
     assert medium_of("exe", bytes) is None
+
+
+def _with_much_sound(path: Path) -> None:
+    import av
+
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        noise = container.add_stream("pcm_s16le", rate=48000)
+        for picture in frames(5):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 96000), np.int16), format="s16", layout="mono")
+        frame.sample_rate, frame.pts = 48000, 0
+        container.mux(noise.encode(frame))
+        container.mux(noise.encode())
+
+
+@pytest.mark.parametrize("medium", ["image", "video", "points", "audio"])
+def test_the_room_that_is_said_is_the_room_that_is_taken(
+    medium: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Most bytes of these files are not stored: thumbnails, sound, pictures of an album; meshes become points."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(40):
+        path = folder / f"{number:02d}"
+        if medium == "image":
+            exif = Image.Exif()
+            exif[270] = "x" * 60_000
+            Image.fromarray(frames(1, seed=number)[0]).save(path.with_suffix(".jpg"), exif=exif)
+        elif medium == "video":
+            if number < 4:
+                _with_much_sound(path.with_suffix(".avi"))
+        elif medium == "points":
+            path.with_suffix(".off").write_text(off())
+        else:
+            path.with_suffix(".wav").write_bytes(wav() + b"LIST" + struct.pack("<I", 50_000) + b"INFO" + bytes(49_996))
+    more = ["--points", "3000"] if medium == "points" else []
+    assert pack(folder, tmp_path / "out", *more) == 0
+    said = re.search(r"about ([\d.]+) (kB|MB) in 1 shard", capsys.readouterr().err)
+    assert said is not None
+    size = (tmp_path / "out/shard-000000.tar").stat().st_size
+    assert size / 1.5 < float(said[1]) * {"kB": 1e3, "MB": 1e6}[said[2]] < size * 1.5
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "{'descr': '<,4', 'f",
+        "{'descr': (<f4}, 'f",
+        "{'descr': '<f4', B'f",
+        "t'descr':\n'<f4', 'f",
+        "{'descr': '<04', 'f",
+    ],
+)
+def test_an_array_with_a_damaged_header_is_left_out(
+    header: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """NumPy evaluates it as Python, whose errors are of many kinds; the first file of a folder is also asked what it is."""
+    folder = tmp_path / "clouds"
+    folder.mkdir()
+    whole = cloud()
+    end = whole.index(b"ortran_order")
+    damaged = whole[:10] + header.encode() + whole[end:]
+    (folder / "a.npy").write_bytes(damaged)
+    (folder / "b.npy").write_bytes(whole)
+    assert pack(folder, tmp_path / "out", "--medium", "points") == 1
+    assert "left out: a.npy: " in capsys.readouterr().err
+    assert len(Index.open(tmp_path / "out")) == 1
+    assert not recognises(damaged)
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe")
+    assert [item.name for item in folder_items(tmp_path, labels=False)] == ["a.png"]

@@ -60,6 +60,8 @@ def is_unnamed(path: Path) -> bool:
     if not _is_number_or_none(path) or path.name.upper() == "DICOMDIR":
         return False
     try:
+        if not path.is_file():  # a pipe would never answer
+            return False
         with path.open("rb") as file:
             return is_dicom(file.read(132))
     except OSError:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ssl_platform.data.channel_statistics import joined, used
 from ssl_platform.data.index_parts import Part, damaged, expand, folder_parts, merged_names, part_column, renumbering
 from ssl_platform.data.remote import Remote, RemoteSettings
-from ssl_platform.data.tars import shown
+from ssl_platform.data.tar_headers import shown
 from ssl_platform.location import Url, location
 
 

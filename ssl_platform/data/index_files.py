@@ -14,7 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ssl_platform.data.distribution import Distribution, num_rows
 from ssl_platform.data.index_rows import FORMAT, READABLE, as_scans, describe, row_type
-from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard, shown, write_json
+from ssl_platform.data.tar_headers import shown
+from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard, write_json
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from ssl_platform.data.index_files import open_folder
 from ssl_platform.data.remote import Remote
-from ssl_platform.data.tars import shown
+from ssl_platform.data.tar_headers import shown
 from ssl_platform.location import Url
 
 

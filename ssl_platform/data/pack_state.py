@@ -17,8 +17,9 @@ from typing import IO, Any, NamedTuple
 
 from pydantic import TypeAdapter, ValidationError
 
+from ssl_platform.data.tar_headers import shown
 from ssl_platform.data.tar_writing import Shard
-from ssl_platform.data.tars import shown, write_json
+from ssl_platform.data.tars import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -24,6 +24,9 @@ _BLOCK = 512
 _MOST_SIZES = 10_000
 """So many files are looked at for the estimate of the whole."""
 _MOST_MEASURED = 32
+_MOST_TO_CLEAN = 8e6
+"""Bytes of a file that is stored without its metadata or its sound, up to which it is measured by how much that is: a
+thumbnail in small images is most of them, and an hour of video takes minutes to decode."""
 
 
 class Plan(NamedTuple):
@@ -112,22 +115,38 @@ def _in_tar(sizes: NDArray[np.float64], samples: Sequence[Numbered]) -> NDArray[
 
 
 def estimate(jobs: Sequence[Job]) -> float:
-    """About the bytes of shards that are still to be made: of files by their sizes, of tiles by the first ones."""
+    """About the bytes of shards that are still to be made: of files by their sizes and what becomes of some."""
     samples = [sample for job in jobs for sample in job.samples]
     tiles = [sample for sample in samples if not sample.item.is_whole]
     files = [sample for sample in samples if sample.item.is_whole]
     total = 0.0
     if files:
         total += float(stored_sizes(_some(files, _MOST_SIZES)).mean()) * len(files)
-    if encoded := [sample for sample in files if not is_kept(sample.item.medium, sample.item.path.suffix[1:].lower())]:
-        measured, sizes = _measured(_some(encoded, _MOST_MEASURED), jobs[0].options)
-        total += float(sizes.mean() - stored_sizes(measured).mean()) * len(encoded) if measured else 0.0
-    if tiles:  # of one image, which is decoded once
-        measured, sizes = _measured(
-            _some([tile for tile in tiles if tile.item.path == tiles[0].item.path], _MOST_MEASURED), jobs[0].options
-        )
+    for is_as_it_is in (True, False):
+        alike = [sample for sample in files if is_kept(sample.item.medium, _extension(sample)) == is_as_it_is]
+        total += _change(alike, jobs[0].options, _MOST_TO_CLEAN if is_as_it_is else math.inf)
+    if tiles:
+        same = [tile for tile in tiles if tile.item.path == tiles[0].item.path]  # an image is decoded once for them all
+        chosen = tiles if tiles[0].item.corner is None and len(same) < _MOST_MEASURED else same
+        measured, sizes = _measured(_some(chosen, _MOST_MEASURED), jobs[0].options)
         total += float(sizes.mean()) * len(tiles) if measured else 0.0
     return total
+
+
+def _change(files: Sequence[Numbered], options: Options, most_bytes: float) -> float:
+    """About the bytes by which shards are larger than files of one kind, or smaller; of larger files nothing is known."""
+    if not files:
+        return 0.0
+    chosen = _some(files, _MOST_MEASURED)
+    small = [sample for sample, size in zip(chosen, stored_sizes(chosen), strict=True) if size <= most_bytes]
+    measured, sizes = _measured(small, options)
+    if not measured:
+        return 0.0
+    return float(sizes.mean() - stored_sizes(measured).mean()) * len(files) * len(small) / len(chosen)
+
+
+def _extension(sample: Numbered) -> str:
+    return sample.item.path.suffix[1:].lower()
 
 
 def _some(samples: Sequence[Numbered], most: int) -> Sequence[Numbered]:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from ssl_platform.data.index import Index
 from ssl_platform.data.remote_reading import RemoteReader
 from ssl_platform.data.slides import tiles
-from ssl_platform.data.tars import BLOCK, Record, key_of_header, parse_record, shown
+from ssl_platform.data.tar_headers import BLOCK, shown
+from ssl_platform.data.tars import Record, key_of_header, parse_record
 from ssl_platform.data.transfer import Cancelled, RemoteError
 from ssl_platform.location import Url
 from ssl_platform.modalities import Modality

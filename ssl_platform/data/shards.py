@@ -20,7 +20,7 @@ from ssl_platform.data.mixture import SourceConfig, mixture_problems
 from ssl_platform.data.order import Order, generator, micro_batch_positions
 from ssl_platform.data.reading import BadSampleError, ShardReader, decoded, reason
 from ssl_platform.data.remote import RemoteSettings, default_cache_dir
-from ssl_platform.data.tars import shown
+from ssl_platform.data.tar_headers import shown
 from ssl_platform.location import Location
 from ssl_platform.masks import Masks
 from ssl_platform.modalities import Filtered, Modality

@@ -12,7 +12,7 @@ from ssl_platform.data import dicom
 from ssl_platform.data.items import Item
 from ssl_platform.data.media import extensions_of, file_media, medium_of, plural
 from ssl_platform.data.tables import read_rows, width_problem
-from ssl_platform.data.tars import shown
+from ssl_platform.data.tar_headers import shown
 
 logger = logging.getLogger(__name__)
 

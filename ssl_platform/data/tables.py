@@ -4,7 +4,7 @@ import csv
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssl_platform.data.tars import shown
+from ssl_platform.data.tar_headers import shown
 
 Rows = list[tuple[int, list[str]]]
 """(line at which the row ends, cells)"""

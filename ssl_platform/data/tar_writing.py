@@ -17,7 +17,8 @@ from ssl_platform.data.identity import Names, Numbered
 from ssl_platform.data.items import Item
 from ssl_platform.data.media import Content, Options, load
 from ssl_platform.data.slides.tiles import Unwanted
-from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard, shown
+from ssl_platform.data.tar_headers import shown
+from ssl_platform.data.tars import ShardScan, atomic_file, scan_shard
 from ssl_platform.modalities.pathology import tissue_fraction
 
 logger = logging.getLogger(__name__)

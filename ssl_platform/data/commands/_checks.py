@@ -26,7 +26,8 @@ from ssl_platform.data.commands._options import printable
 from ssl_platform.data.reading import reason
 from ssl_platform.data.remote import Remote, RemoteSettings
 from ssl_platform.data.slides import tiles
-from ssl_platform.data.tars import Record, ShardScan, parse_record, scan_shard, tar_members
+from ssl_platform.data.tar_headers import tar_members
+from ssl_platform.data.tars import Record, ShardScan, parse_record, scan_shard
 from ssl_platform.data.transfer import RemoteError
 from ssl_platform.location import Url
 

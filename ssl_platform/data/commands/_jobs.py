@@ -11,7 +11,8 @@ from ssl_platform.data.commands._options import printable
 from ssl_platform.data.index import Index
 from ssl_platform.data.processes import parallel
 from ssl_platform.data.reading import reason
-from ssl_platform.data.tars import split_name, tar_members
+from ssl_platform.data.tar_headers import tar_members
+from ssl_platform.data.tars import split_name
 from ssl_platform.data.work_progress import WorkProgress
 
 Job = TypeVar("Job")

@@ -27,7 +27,7 @@ from ssl_platform.data.layouts import missing
 from ssl_platform.data.media import extensions_of
 from ssl_platform.data.sources import walk
 from ssl_platform.data.tables import read_rows, read_table
-from ssl_platform.data.tars import shown
+from ssl_platform.data.tar_headers import shown
 from ssl_platform.modalities._audio import read_info
 
 logger = logging.getLogger(__name__)

@@ -20,7 +20,7 @@ from pathlib import Path
 from ssl_platform.data.items import Item
 from ssl_platform.data.layouts import MAX_NAMED, missing
 from ssl_platform.data.tables import read_table
-from ssl_platform.data.tars import shown
+from ssl_platform.data.tar_headers import shown
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from ssl_platform.data.layouts import missing
 from ssl_platform.data.media import extensions_of
 from ssl_platform.data.sources import walk
 from ssl_platform.data.tables import check_width, read_rows
-from ssl_platform.data.tars import shown
+from ssl_platform.data.tar_headers import shown
 
 logger = logging.getLogger(__name__)
 

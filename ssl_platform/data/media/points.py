@@ -103,9 +103,15 @@ def picture(points: Points, side: int = 112) -> NDArray[np.uint8]:
 
 
 def _header(file: io.BytesIO) -> Any:
-    version = np.lib.format.read_magic(file)
-    newer = np.lib.format.read_array_header_2_0
-    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else newer)(file)
+    try:
+        version = np.lib.format.read_magic(file)
+        newer = np.lib.format.read_array_header_2_0
+        return (np.lib.format.read_array_header_1_0 if version == (1, 0) else newer)(file)
+    except ValueError:
+        raise
+    except Exception as error:  # NumPy evaluates the header as Python: damage raises SyntaxError, TokenError, TypeError
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"the header of the array cannot be read: {reason}") from error
 
 
 def _array(data: bytes) -> NDArray[Any]:
