@@ -152,6 +152,8 @@ class ParameterRule(NamedTuple):
     lr_multiplier: float
     weight_decay_multiplier: float
     is_last_layer: bool
+    freeze_steps: int = 0
+    """First steps in which the learning rate is 0; the optimiser's moments build up."""
 
 
 def parameter_rule(
@@ -187,11 +189,14 @@ def build_optimizer(
     return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=betas, eps=eps, fused=True)
 
 
-def set_step(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float, freeze_last_layer: bool) -> None:
-    """Sets every group's learning rate and weight decay for the coming step."""
+def set_step(
+    optimizer: torch.optim.Optimizer, *, step: int, lr: float, weight_decay: float, freeze_last_layer: bool
+) -> None:
+    """Sets every group's learning rate and weight decay for the coming step `step`."""
     for group in optimizer.param_groups:
         rule: ParameterRule = group["rule"]
-        group["lr"] = 0.0 if rule.is_last_layer and freeze_last_layer else lr * rule.lr_multiplier
+        frozen = step < rule.freeze_steps or (rule.is_last_layer and freeze_last_layer)
+        group["lr"] = 0.0 if frozen else lr * rule.lr_multiplier
         group["weight_decay"] = weight_decay * rule.weight_decay_multiplier
 
 

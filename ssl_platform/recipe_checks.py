@@ -61,6 +61,14 @@ def check_names(recipe: "Recipe") -> list[str]:
             lines.append(f"{where}.inputs: '{network.inputs}' is no group of views; there are {', '.join(groups)}")
         if network.of is None and network.backbone is None and network.update in ("grad", "frozen"):
             lines.append(f"{where}.backbone: missing")
+        if network.init is not None and (network.update in ("ema", "snapshot") or network.backbone is None):
+            lines.append(
+                f"{where}.init: '{name}' starts as a copy of '{network.of}'; give the init to that network"
+                if network.of is not None
+                else f"{where}.init: needs a backbone"
+            )
+        if network.init is not None and network.init.freeze_steps and network.update == "frozen":
+            lines.append(f"{where}.init.freeze_steps: update: frozen is never trained; leave it out")
     if not any(network.update == "grad" for network in recipe.networks.values()):
         lines.append("networks: none has update: grad, so nothing would be trained")
     for name, head in recipe.heads.items():

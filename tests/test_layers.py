@@ -17,7 +17,7 @@ ORDER = [
     {"recipe", "recipe_checks"},
     {"stages", "step", "flops", "health", "health_facts"},
     {"monitors"},
-    {"run_folder", "estimate", "encoder", "show_views"},
+    {"run_folder", "estimate", "encoder", "show_views", "weights", "initialise"},
     {"train", "export"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
