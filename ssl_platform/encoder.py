@@ -109,7 +109,7 @@ def _read_checkpoint(path: Path, network: str) -> tuple[EncoderConfig, dict[str,
         raise ValueError(f"{path}: has no network '{network}', but {', '.join(recipe.networks)}")
     config = EncoderConfig(
         modality=recipe.modality,
-        networks=recipe.networks,
+        networks={name: one.model_copy(update={"init": None}) for name, one in recipe.networks.items()},  # holds a path
         network=network,
         seed=recipe.seed,
         step=state.step,

@@ -137,11 +137,12 @@ def fit(weights: Weights, network: nn.Module, config: InitConfig, name: str) -> 
         else:
             report.matched.append(key)
     unused = [key for key in found if key not in expected and key.removeprefix("model.") not in report.heads_left_out]
-    allowed = lambda key, patterns: any(fnmatchcase(key, pattern) for pattern in patterns)  # noqa: E731
     by_format = {"mask_token"} if weights.layout == "timm" else set()  # timm's models hide no tokens
-    report.fresh = [key for key in missing if key in by_format or allowed(key, config.allow_missing)]
-    report.fresh += [line.partition(" ")[0] for line in shapes if allowed(line.partition(" ")[0], config.allow_missing)]
-    report.unused = [key for key in unused if allowed(key, config.allow_unused)]
+    report.fresh = [key for key in missing if key in by_format or _allowed(key, config.allow_missing)]
+    report.fresh += [
+        line.partition(" ")[0] for line in shapes if _allowed(line.partition(" ")[0], config.allow_missing)
+    ]
+    report.unused = [key for key in unused if _allowed(key, config.allow_unused)]
     problems = {
         "missing in the file": [key for key in missing if key not in report.fresh],
         "in the file, but not in the backbone": [key for key in unused if key not in report.unused],
@@ -154,12 +155,16 @@ def fit(weights: Weights, network: nn.Module, config: InitConfig, name: str) -> 
     ]
     if any(problems.values()) or differing or not (report.matched or report.resized):
         raise ConfigError(_misfit(weights, network, report, problems, differing, found))
-    if isinstance(network, VisionTransformer) and not weights.facts and network.embed_dim != 64 * network.num_heads:
+    if isinstance(network, VisionTransformer) and not weights.facts and network.embed_dim // network.num_heads != 64:
         logger.warning(
-            "networks.%s.init: no file says its num_heads; public ViTs have embed_dim / 64 = %d, the backbone has %d",
-            name, network.embed_dim // 64, network.num_heads,
+            "networks.%s.init: a file does not say its num_heads, and with a wrong number the features are wrong; public "
+            "ViTs have embed_dim / 64, the backbone has %d for %d", name, network.num_heads, network.embed_dim
         )  # fmt: skip
     return report, state
+
+
+def _allowed(key: str, patterns: list[str]) -> bool:
+    return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
 def _renamed(weights: Weights, network: nn.Module) -> dict[str, Tensor]:
@@ -242,7 +247,7 @@ def _misfit(
         lines.append(f"  the file holds {described}")
         lines.append(f"  the backbone is {describe(network.state_dict())}")
     lines.append(
-        "  make networks.*.backbone (and modality.patch_size) what the file holds, or name keys that may stay fresh in "
+        f"  make networks.{report.network}.backbone what the file holds, or name keys that may stay fresh in "
         "init.allow_missing and keys of the file to pass over in init.allow_unused (patterns such as blocks.*.ls1.gamma)"
     )
     return lines

@@ -40,7 +40,12 @@ def doubtful(recipe: "Recipe") -> list[str]:
     sections: dict[str, Config] = {"optim": recipe.optim}
     sections |= {f"networks.{name}": network for name, network in recipe.networks.items()}
     sections |= {f"objectives.{name}": objective for name, objective in recipe.objectives.items()}
-    return [
+    lines = [
+        f"networks.{name}.init.freeze_steps: {network.init.freeze_steps}, the whole run of {recipe.steps} steps"
+        for name, network in recipe.networks.items()
+        if network.init is not None and network.init.freeze_steps >= recipe.steps
+    ]
+    return lines + [
         f"{key}.{name}.warmup_steps: {value.warmup_steps}, so the run of {recipe.steps} steps ends inside its warm-up"
         for key, section in sections.items()
         for name, value in section

@@ -95,7 +95,9 @@ def _from_timm_hub(name: str) -> Weights:
 
     try:
         model = timm.create_model(name, pretrained=True)
-    except Exception as error:  # an unknown name, no network, no weights of that name: timm and its hub raise many kinds
+    except (
+        Exception
+    ) as error:  # an unknown name, no network, no weights of that name: timm and its hub raise many kinds
         reason = str(error).partition("\n")[0]
         raise ValueError(
             f"timm's '{name}': its weights cannot be had ({type(error).__name__}: {reason}). timm.list_pretrained() "
