@@ -176,9 +176,11 @@ def _renamed(weights: Weights, network: nn.Module) -> dict[str, Tensor]:
     if not isinstance(network, VisionTransformer) or weights.layout == "ssl_platform":
         return weights.tensors
     if weights.layout == "dinov2":
-        return dinov2_names(weights.tensors)
-    grid = weights.grid or network.native_grid
-    return timm_names(weights.tensors, network.layer_scale is not None, grid)
+        return dinov2_names({key: value for key, value in weights.tensors.items() if not key.startswith(_HEADS)})
+    try:
+        return timm_names(weights.tensors, network.layer_scale is not None, weights.grid or network.native_grid)
+    except ValueError as error:
+        raise ConfigError([f"{error}; where they are no square, say their grid: init.grid: [height, width]"]) from error
 
 
 def _resized(key: str, value: Tensor, network: nn.Module, grid: tuple[int, ...] | None) -> tuple[Tensor, str]:

@@ -23,7 +23,7 @@ from ssl_platform.recipe import InitConfig
 
 _WRAPPERS = ("model", "state_dict", "module")
 """Keys under which files of `torch.save` hold one network's weights, where they hold more than these."""
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
+_PREFIXES = ("module.", "_orig_mod.", "model.")
 
 
 class Weights(NamedTuple):
@@ -167,13 +167,13 @@ def _one_network(found: Mapping[str, Any], network: str, path: Path) -> dict[str
 
 
 def _plain_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
-    """Without what wrappers put in front of every name, and without the heads beside `backbone.`."""
+    """Without what wrappers put in front of every name; names beside `backbone.`, of heads, stay."""
     if any(key.startswith(("networks.", "objectives.")) for key in tensors):
         raise ValueError(f"{path}: is part of a checkpoint of ours; name its folder, {path.parent}")
     for prefix in _PREFIXES:
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
+    return {key.removeprefix("backbone."): value for key, value in tensors.items()}
 
 
 def _refuse_other_families(tensors: dict[str, Tensor], path: Path) -> None:
