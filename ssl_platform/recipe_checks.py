@@ -45,6 +45,12 @@ def doubtful(recipe: "Recipe") -> list[str]:
         for name, network in recipe.networks.items()
         if network.init is not None and network.init.freeze_steps >= recipe.steps
     ]
+    started = [name for name, network in recipe.networks.items() if network.init is not None]
+    if started and getattr(recipe.modality, "mean", ()) is None:
+        lines.append(
+            f"networks.{started[0]}.init: views are normalised by the shards' own mean and std; if those weights learned "
+            "with others (public ones: mostly ImageNet's), set modality.mean and modality.std"
+        )
     return lines + [
         f"{key}.{name}.warmup_steps: {value.warmup_steps}, so the run of {recipe.steps} steps ends inside its warm-up"
         for key, section in sections.items()

@@ -437,13 +437,13 @@ def test_a_refused_run_leaves_nothing_and_a_mended_one_starts(
     assert "missing in the file (12): blocks.1.norm1.weight" in error and "Traceback" not in error
     assert not (tmp_path / "run").exists()
     good = saved(timm_vit(), tmp_path / "good.safetensors")
-    changes = ["optim.layer_decay=0.5", "optim.patch_embed_lr=0.1", "optim.scale_lr=linear256", "optim.lr=0.001"]
+    changes = ["optim.layer_decay=0.5", "optim.patch_embed_lr=0.1", "optim.scale_lr=linear256", "optim.lr=0.00128"]
     assert main([str(SMOKE), *arguments(tmp_path / "run", good, *changes, "steps=1", freeze=2)]) == 0
     error = capsys.readouterr().err
     assert "network student starts from" in error and "30 of 31 keys matched, 0 resized, 1 fresh" in error
     assert "networks.student.init.freeze_steps: 2, the whole run of 1 steps" in error
-    assert "peak learning rate of network student" in error and "peak learning rate of head dino: 3.12e-05" in error
-    assert "path" not in json.dumps(Encoder.load(tmp_path / "run").config.model_dump(mode="json")["networks"])
+    assert "peak learning rate of network student" in error and "peak learning rate of head dino: 4.00e-05" in error
+    assert ".safetensors" not in json.dumps(Encoder.load(tmp_path / "run").config.model_dump(mode="json")["networks"])
 
 
 def test_heads_start_alike_with_and_without_init(tmp_path: Path) -> None:
@@ -482,7 +482,8 @@ def test_peak_rates_are_those_that_are_applied() -> None:
     peak = {name.partition(".")[2]: f"{value:.2e}" for name, value in applied.items()}
     assert optim.peak_rates(optimizer, schedule, 10, 5) == [
         f"peak learning rate of network student: patch_embed {peak['student.patch_embed.proj.weight']}; "
-        f"blocks {peak['student.blocks.0.norm1.weight']} (lowest layer) to {peak['student.blocks.1.norm1.weight']} (highest); "
+        f"blocks {peak['student.blocks.0.norm1.weight']} (lowest layer) to "
+        f"{peak['student.blocks.1.norm1.weight']} (highest); "
         f"norm {peak['student.norm.weight']}; 0 in the first 3 steps",
         f"peak learning rate of head dino: mlp {peak['dino.student.mlp.weight']}; "
         f"last_layer {peak['dino.student.last_layer.weight_v']}; last_layer 0 in the first 5 steps",
