@@ -55,7 +55,7 @@ class Encoder(nn.Module):
     def load(cls, path: Path, network: str = "teacher", random_init: bool = False) -> "Encoder":
         """The network `network` of a run folder (its newest usable checkpoint), a checkpoint folder or an export.
 
-        `random_init` gives it the weights that it had before the first step of the run instead, as a baseline. Raises
+        `random_init` gives it the random weights of the run's seed instead (before any `init`), as a baseline. Raises
         ValueError or ConfigError if the folder is none of the three, is damaged or has no such network.
         """
         if not path.is_dir():
@@ -109,7 +109,7 @@ def _read_checkpoint(path: Path, network: str) -> tuple[EncoderConfig, dict[str,
         raise ValueError(f"{path}: has no network '{network}', but {', '.join(recipe.networks)}")
     config = EncoderConfig(
         modality=recipe.modality,
-        networks=recipe.networks,
+        networks={name: one.model_copy(update={"init": None}) for name, one in recipe.networks.items()},  # holds a path
         network=network,
         seed=recipe.seed,
         step=state.step,

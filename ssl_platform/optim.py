@@ -152,6 +152,8 @@ class ParameterRule(NamedTuple):
     lr_multiplier: float
     weight_decay_multiplier: float
     is_last_layer: bool
+    freeze_steps: int = 0
+    """First steps in which the learning rate is 0; the optimiser's moments build up."""
 
 
 def parameter_rule(
@@ -187,12 +189,51 @@ def build_optimizer(
     return torch.optim.AdamW(list(groups.values()), lr=0.0, betas=betas, eps=eps, fused=True)
 
 
-def set_step(optimizer: torch.optim.Optimizer, *, lr: float, weight_decay: float, freeze_last_layer: bool) -> None:
-    """Sets every group's learning rate and weight decay for the coming step."""
+def set_step(
+    optimizer: torch.optim.Optimizer, *, step: int, lr: float, weight_decay: float, freeze_last_layer: bool
+) -> None:
+    """Sets every group's learning rate and weight decay for the coming step `step`."""
     for group in optimizer.param_groups:
         rule: ParameterRule = group["rule"]
-        group["lr"] = 0.0 if rule.is_last_layer and freeze_last_layer else lr * rule.lr_multiplier
+        frozen = step < rule.freeze_steps or (rule.is_last_layer and freeze_last_layer)
+        group["lr"] = 0.0 if frozen else lr * rule.lr_multiplier
         group["weight_decay"] = weight_decay * rule.weight_decay_multiplier
+
+
+def peak_rates(optimizer: torch.optim.Optimizer, lr: Schedule, steps: int, freeze_last_layer_steps: int) -> list[str]:
+    """The largest learning rates that are applied, one line for each network, head and objective, by parts of it.
+
+    `lr` is the optimiser's with its scaling by batch size; multipliers of layers and first steps at 0 are counted in.
+    """
+    parts: dict[str, dict[str, list[float]]] = {}
+    notes: dict[str, str] = {}
+    peaks: dict[int, float] = {}
+    for group in optimizer.param_groups:
+        rule: ParameterRule = group["rule"]
+        frozen = max(rule.freeze_steps, freeze_last_layer_steps if rule.is_last_layer else 0)
+        if frozen not in peaks:
+            peaks[frozen] = max(map(lr, range(frozen, steps)), default=0.0)
+        for name in group["names"]:
+            section, owner, *rest = name.split(".")
+            family = rest[0] if section == "networks" and rest[0] != "model" else ".".join(rest[1:2]) or rest[0]
+            title = f"{section.removesuffix('s')} {owner}"
+            rates = parts.setdefault(title, {}).setdefault(family, [])
+            rates.append(peaks[frozen] * rule.lr_multiplier)
+            if frozen:
+                notes[f"{title} {family}" if rule.is_last_layer else title] = f"0 in the first {frozen} steps"
+    lines = []
+    for title, families in parts.items():
+        shared: dict[tuple[float, float], list[str]] = {}
+        for family, rates in families.items():
+            shared.setdefault((min(rates), max(rates)), []).append(family)
+        texts = [
+            (f"{', '.join(names)} " if len(shared) > 1 else "")
+            + (f"{low:.2e}" if low == high else f"{low:.2e} (lowest layer) to {high:.2e} (highest)")
+            for (low, high), names in shared.items()
+        ]
+        said = [f"{key.removeprefix(title).strip()} {note}".strip() for key, note in notes.items() if title in key]
+        lines.append(f"peak learning rate of {title}: {'; '.join(texts + said)}")
+    return lines
 
 
 def clip_gradients(modules: dict[str, list[nn.Parameter]], max_norm: float | None) -> dict[str, Tensor]:

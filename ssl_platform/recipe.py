@@ -1,7 +1,7 @@
 """A run's whole configuration: every key that a YAML file may hold, what is checked across sections, what is built."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -21,6 +21,31 @@ from ssl_platform.recipe_checks import check_names, check_sizes
 from ssl_platform.student_teacher import Role, StudentTeacher
 
 
+class InitConfig(Config):
+    """Other weights that a network starts from. Strict: keys that do not fit are an error unless they are named here."""
+
+    path: Path | None = None
+    """A run, checkpoint or export folder of ours, or a file in DINOv2's or timm's format (.safetensors, .pth)."""
+    timm: str | None = Field(None, min_length=1)
+    """Instead of `path`: a name of timm.list_pretrained(), whose weights are downloaded."""
+    network: str = "teacher"
+    """Which network of a run, checkpoint or training file."""
+    grid: tuple[int, ...] | None = None
+    """Places of the file's position embedding, such as [14, 28]; None = a square, or what the source says itself."""
+    allow_missing: list[str] = []
+    """Patterns of the network's keys that may stay fresh, such as reg_token or blocks.*.ls?.gamma."""
+    allow_unused: list[str] = []
+    """Patterns of the file's keys that may be passed over."""
+    freeze_steps: int = Field(0, ge=0)
+    """The network's lr is 0 for this many first steps, while fresh heads warm up; Adam moments still build up."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "InitConfig":
+        if (self.path is None) == (self.timm is None):
+            raise ValueError("needs one of path: FILE OR FOLDER and timm: NAME")
+        return self
+
+
 class NetworkConfig(Config):
     """One network of the run and how it gets its weights."""
 
@@ -29,6 +54,8 @@ class NetworkConfig(Config):
     update: Literal["grad", "ema", "snapshot", "frozen"] = "grad"
     """Trained; a moving average of `of`; a copy of `of` taken now and then; or left as it is."""
     of: str | None = None
+    init: InitConfig | None = None
+    """Other weights to start from; networks that follow this one start as its copies all the same."""
     inputs: str = "global"
     """The group of views whose shape its patch embedding is made for."""
     momentum: Annotated[ScheduleConfig, within(0, 1)] = 0.996
@@ -150,8 +177,14 @@ def build_modality(recipe: Recipe, statistics: dict[str, Any] | None) -> Modalit
     return modality
 
 
-def build_networks(configs: dict[str, NetworkConfig], seed: int, modality: Modality) -> dict[str, nn.Module]:
-    """The networks as they are before the first step; the same for the same configuration and seed."""
+Fill = Callable[[dict[str, nn.Module]], None]
+"""Gives networks that have a backbone of their own other weights, in place."""
+
+
+def build_networks(
+    configs: dict[str, NetworkConfig], seed: int, modality: Modality, fill: Fill | None = None
+) -> dict[str, nn.Module]:
+    """The networks as they are before the first step; random where `fill` does not bring what their `init` names."""
     torch.manual_seed(seed)
     networks: dict[str, nn.Module] = {}
     for name, network in configs.items():
@@ -160,6 +193,8 @@ def build_networks(configs: dict[str, NetworkConfig], seed: int, modality: Modal
                 networks[name] = network.backbone.build(modality, network.inputs)
         except ValueError as error:
             raise ConfigError([f"networks.{name}.backbone: {error}"]) from error
+    if fill is not None:
+        fill(networks)
     waiting = [name for name in configs if name not in networks]
     while waiting:
         ready = [name for name in waiting if configs[name].of in networks]
@@ -196,9 +231,11 @@ def check_follower(name: str, config: NetworkConfig, follower: nn.Module, follow
         )
 
 
-def build_student_teacher(recipe: Recipe, modality: Modality, num_samples: int, device: torch.device) -> StudentTeacher:
+def build_student_teacher(
+    recipe: Recipe, modality: Modality, num_samples: int, device: torch.device, fill: Fill | None = None
+) -> StudentTeacher:
     """Networks, heads and objectives on `device`; averaged copies start equal to what they follow."""
-    networks = build_networks(recipe.networks, recipe.seed, modality)
+    networks = build_networks(recipe.networks, recipe.seed, modality, fill)
     embed_dims: dict[str, int] = {name: network.embed_dim for name, network in networks.items()}  # type: ignore[misc]
     heads = {name: _build_head(recipe, head, embed_dims) for name, head in recipe.heads.items()}
     context = BuildContext(modality, embed_dims, recipe.heads, recipe.steps, recipe.seed, num_samples)
@@ -229,4 +266,5 @@ def _role(network: NetworkConfig, steps: int) -> Role:
         every=network.every,
         mode=network.mode,
         buffers=network.buffers,
+        freeze_steps=network.init.freeze_steps if network.init else 0,
     )

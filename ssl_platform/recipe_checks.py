@@ -40,7 +40,18 @@ def doubtful(recipe: "Recipe") -> list[str]:
     sections: dict[str, Config] = {"optim": recipe.optim}
     sections |= {f"networks.{name}": network for name, network in recipe.networks.items()}
     sections |= {f"objectives.{name}": objective for name, objective in recipe.objectives.items()}
-    return [
+    lines = [
+        f"networks.{name}.init.freeze_steps: {network.init.freeze_steps}, the whole run of {recipe.steps} steps"
+        for name, network in recipe.networks.items()
+        if network.init is not None and network.init.freeze_steps >= recipe.steps
+    ]
+    started = [name for name, network in recipe.networks.items() if network.init is not None]
+    if started and getattr(recipe.modality, "mean", ()) is None:
+        lines.append(
+            f"networks.{started[0]}.init: views are normalised by the shards' own mean and std; if those weights learned "
+            "with others (public ones: mostly ImageNet's), set modality.mean and modality.std"
+        )
+    return lines + [
         f"{key}.{name}.warmup_steps: {value.warmup_steps}, so the run of {recipe.steps} steps ends inside its warm-up"
         for key, section in sections.items()
         for name, value in section
@@ -61,6 +72,14 @@ def check_names(recipe: "Recipe") -> list[str]:
             lines.append(f"{where}.inputs: '{network.inputs}' is no group of views; there are {', '.join(groups)}")
         if network.of is None and network.backbone is None and network.update in ("grad", "frozen"):
             lines.append(f"{where}.backbone: missing")
+        if network.init is not None and (network.update in ("ema", "snapshot") or network.backbone is None):
+            lines.append(
+                f"{where}.init: '{name}' starts as a copy of '{network.of}'; give the init to that network"
+                if network.of is not None
+                else f"{where}.init: needs a backbone"
+            )
+        if network.init is not None and network.init.freeze_steps and network.update == "frozen":
+            lines.append(f"{where}.init.freeze_steps: update: frozen is never trained; leave it out")
     if not any(network.update == "grad" for network in recipe.networks.values()):
         lines.append("networks: none has update: grad, so nothing would be trained")
     for name, head in recipe.heads.items():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ssl_platform import distributed, optim
 from ssl_platform.modalities import Modality
-from ssl_platform.recipe import Recipe, build_student_teacher
+from ssl_platform.recipe import Fill, Recipe, build_student_teacher
 from ssl_platform.student_teacher import StudentTeacher
 from ssl_platform.views import Batch
 
@@ -45,9 +45,13 @@ def build(
     num_samples: int,
     device: torch.device,
     statistics: dict[str, Any] | None = None,
+    fill: Fill | None = None,
 ) -> Parts:
-    """Everything that has state, as it is before the first step; `statistics` are what `modality` was built with."""
-    student_teacher = build_student_teacher(recipe, modality, num_samples, device)
+    """Everything that has state, as it is before the first step; `statistics` are what `modality` was built with.
+
+    `fill` gives networks the weights that their `init` names; without it they are random, as for a run to be resumed.
+    """
+    student_teacher = build_student_teacher(recipe, modality, num_samples, device, fill)
     settings = recipe.optim
     factor, lr = settings.lr_factor(recipe.batch_size), optim.build_schedule(settings.lr, recipe.steps)
     return Parts(
@@ -97,6 +101,7 @@ def train_step(
     """
     optim.set_step(
         parts.optimizer,
+        step=step,
         lr=parts.lr(step),
         weight_decay=parts.weight_decay(step),
         freeze_last_layer=step < parts.freeze_last_layer_steps,

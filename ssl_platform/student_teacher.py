@@ -27,6 +27,8 @@ class Role(NamedTuple):
     """Of networks that are not trained: whether drop path and batch norm behave as in training."""
     buffers: Literal["own", "copy"] = "own"
     """Whether ema and snapshot also copy the followed network's buffers (running statistics)."""
+    freeze_steps: int = 0
+    """Of trained networks: first steps in which the learning rate of the network, not of its heads, is 0."""
 
 
 class StepOutput(NamedTuple):
@@ -152,7 +154,7 @@ class StudentTeacher(nn.Module):
                 layer_decay=layer_decay,
                 patch_embed_lr=patch_embed_lr,
             )
-            yield name, parameter, rule
+            yield name, parameter, rule._replace(freeze_steps=self.roles[owner].freeze_steps)
 
     def train(self, mode: bool = True) -> "StudentTeacher":
         """Training mode for what is trained; networks that are not stay in the mode their role says."""

@@ -7,6 +7,7 @@ import argparse
 import sys
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,9 +20,11 @@ from ssl_platform.data.mixture import doubtful_cache, summary
 from ssl_platform.data.order import Order
 from ssl_platform.data.reading import BadSampleError
 from ssl_platform.data.shards import train_batches
+from ssl_platform.initialise import Report, initialise, write_reports
 from ssl_platform.log import Metrics, cut_back, logger, set_up_logging
 from ssl_platform.modalities import Modality
 from ssl_platform.monitors import Monitor
+from ssl_platform.optim import peak_rates
 from ssl_platform.progress import Clock, StopFlag
 from ssl_platform.recipe import Recipe, build_modality, load_recipe, open_index, open_order
 from ssl_platform.recipe_checks import doubtful
@@ -51,6 +54,7 @@ what comes out, in run_dir:
   config.yaml      the whole configuration, defaults included; a valid CONFIG
   metrics.jsonl    one object every log_every steps: losses, entropies, gradient norms, speed, signals of collapse
   events.jsonl     skipped steps, bad samples, and warnings when the run looks unhealthy (docs/health.md)
+  init.json        what a network was started from (`init`): keys matched, resized, fresh; checksum of the file
   checkpoints/     step_XXXXXXXX folders: for ssl-eval, ssl-export, and to resume
 keys: docs/configuration.md""",
     )
@@ -121,11 +125,14 @@ def train(recipe: Recipe, device: torch.device) -> None:
     found, order = find(recipe, index), open_order(recipe, index)
     statistics = found.state.statistics if found else index.statistics
     modality = build_modality(recipe, statistics)
-    parts = build(recipe, modality, len(index), device, statistics)
+    started_from: list[Report] = []  # a resumed run has its weights in the checkpoint, and reads no `init` again
+    fill = None if found else partial(initialise, recipe.networks, started_from)
+    parts = build(recipe, modality, len(index), device, statistics, fill)
     step = resume(found, parts)
     if distributed.rank() == 0:
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
         (recipe.run_dir / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
+        write_reports(recipe.run_dir, started_from)
         cut_back(recipe.run_dir / "events.jsonl", step)
     metrics = Metrics(recipe.run_dir, step, recipe.tensorboard, wandb_arguments(recipe))
     run = Run(recipe, index, order, modality, parts, metrics, StopFlag(), Monitor(recipe, parts))
@@ -162,6 +169,8 @@ def say_what_begins(run: Run, device: torch.device) -> None:
         max(parts.lr(s) for s in range(0, recipe.steps, max(recipe.steps // 1000, 1))),
         distributed.world_size(), device,
     )  # fmt: skip
+    for line in peak_rates(parts.optimizer, parts.lr, recipe.steps, parts.freeze_last_layer_steps):
+        logger.info("%s", line)
     for line in summary(recipe.data.sources, order, recipe.steps * recipe.batch_size) if recipe.data.sources else ():
         logger.info("%s", line)
     for line in doubtful(recipe) + doubtful_cache(recipe.data.cache_shards, recipe.data.window_shards, index, order):

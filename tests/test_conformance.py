@@ -180,7 +180,9 @@ def test_parameter_groups_exactly(name: str) -> None:
         for entry in case.settings["param_groups"]
     }
     ours = {
-        full.replace("networks.student.", "backbone.").replace("heads.", "").replace(".student.", "_head."): tuple(rule)
+        full.replace("networks.student.", "backbone.").replace("heads.", "").replace(".student.", "_head."): tuple(
+            rule
+        )[:3]
         for full, rule in case.rules.items()
     }
     assert ours.keys() == expected.keys()

