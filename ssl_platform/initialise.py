@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -116,10 +117,14 @@ def _attempt(name: str, config: InitConfig, network: nn.Module) -> "Report | str
 
 def fit(weights: Weights, network: nn.Module, config: InitConfig, name: str) -> tuple[Report, dict[str, Tensor]]:
     """(report, state dict for `network`); raises ConfigError that lists every key which does not fit and is not allowed."""
+    if isinstance(network, VisionTransformer):
+        _refuse_other_families(weights, config.allow_missing)
     found = _renamed(weights, network)
     expected = network.state_dict()
     report = Report(name, weights.origin, weights.layout, weights.sha256, freeze_steps=config.freeze_steps)
-    report.heads_left_out = [key for key in weights.tensors if key.startswith(_HEADS) and key not in expected]
+    report.heads_left_out = [
+        key for key in weights.tensors if key.startswith(_HEADS) and not {key, f"model.{key}"} & expected.keys()
+    ]
     state, missing, shapes = dict(expected), [], []
     for key, target in expected.items():
         if key not in found:
@@ -165,6 +170,28 @@ def fit(weights: Weights, network: nn.Module, config: InitConfig, name: str) -> 
 
 def _allowed(key: str, patterns: list[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
+
+
+def _refuse_other_families(weights: Weights, allow_missing: list[str]) -> None:
+    """Raises ConfigError for well-known formats that `vit` cannot hold."""
+    names = weights.tensors.keys()
+    rotary = sorted(key for key in names if re.search(r"storage_tokens|rope|attn\.qkv\.bias_mask$", key))
+    without = "pos_embed" not in names and any(key.startswith("blocks.") for key in names)
+    if rotary or (without and not _allowed("pos_embed", allow_missing)):
+        why = (
+            f"is of DINOv3's format ({', '.join(rotary[:3])})"
+            if rotary
+            else "has no pos_embed, as models of DINOv3 and EVA"
+        )
+        raise ConfigError(
+            [f"{weights.origin}: {why}: rotary positions (RoPE) instead of a learned position embedding, which the backbone "
+             "'vit' does not have. Start from a DINOv2 file or a ViT of timm instead"]
+        )  # fmt: skip
+    hugging_face = [key for key in names if ".encoder.layer." in f".{key}" or key.startswith("embeddings.")]
+    if hugging_face:
+        raise ConfigError(
+            [f"{weights.origin}: is of transformers' format ({hugging_face[0]}); take the model's original file or timm's"]
+        )  # fmt: skip
 
 
 def _renamed(weights: Weights, network: nn.Module) -> dict[str, Tensor]:

@@ -46,7 +46,8 @@ def doubtful(recipe: "Recipe") -> list[str]:
         if network.init is not None and network.init.freeze_steps >= recipe.steps
     ]
     started = [name for name, network in recipe.networks.items() if network.init is not None]
-    if started and getattr(recipe.modality, "mean", ()) is None:
+    by_statistics = not getattr(recipe.modality, "normalize_per_sample", False)
+    if started and by_statistics and getattr(recipe.modality, "mean", ()) is None:
         lines.append(
             f"networks.{started[0]}.init: views are normalised by the shards' own mean and std; if those weights learned "
             "with others (public ones: mostly ImageNet's), set modality.mean and modality.std"

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ssl_platform import checkpoint
 from ssl_platform.backbones.timm_models import TimmBackbone
 from ssl_platform.checkpoint import CheckpointError
-from ssl_platform.config import ConfigError
 from ssl_platform.encoder import Encoder
 from ssl_platform.recipe import InitConfig
 
@@ -42,7 +41,7 @@ class Weights(NamedTuple):
 
 
 def read(config: InitConfig) -> Weights:
-    """The weights that `config` names, on the CPU; raises ValueError, ConfigError or OSError if they cannot be read."""
+    """The weights that `config` names, on the CPU; raises ValueError, ConfigError or OSError if it cannot."""
     if config.timm is not None:
         return _from_timm_hub(config.timm)
     assert config.path is not None
@@ -123,7 +122,6 @@ def _of_timm(model: Any, origin: str, digest: str | None) -> Weights:
 def _from_file(path: Path, network: str, grid: tuple[int, ...] | None) -> Weights:
     found = _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
     tensors = _plain_names(_one_network(found, network, path), path)
-    _refuse_other_families(tensors, path)
     dinov2 = any(key in ("register_tokens", "mask_token") or ".mlp.w12." in key for key in tensors)
     return Weights(tensors, "dinov2" if dinov2 else "timm", str(path), sha256(path), grid)
 
@@ -174,19 +172,3 @@ def _plain_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
     return {key.removeprefix("backbone."): value for key, value in tensors.items()}
-
-
-def _refuse_other_families(tensors: dict[str, Tensor], path: Path) -> None:
-    """Raises ConfigError for well-known formats that no backbone here can hold."""
-    names = tensors.keys()
-    parts = [key for key in names if "storage_tokens" in key or "rope" in key or key.endswith("attn.qkv.bias_mask")]
-    if parts:
-        raise ConfigError(
-            [f"{path}: is of DINOv3's format ({', '.join(sorted(parts)[:3])}): rotary positions (RoPE) instead of a learned "
-             "position embedding, which the backbone 'vit' does not have. Start from a DINOv2 or timm ViT file instead"]
-        )  # fmt: skip
-    hugging_face = [key for key in names if ".encoder.layer." in f".{key}" or key.startswith("embeddings.")]
-    if hugging_face:
-        raise ConfigError(
-            [f"{path}: is of transformers' format ({hugging_face[0]}); take the model's original file or timm's instead"]
-        )  # fmt: skip

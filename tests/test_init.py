@@ -131,6 +131,15 @@ def test_any_timm_model_starts_from_its_file(tmp_path: Path) -> None:
     torch.testing.assert_close(features.cls[0], theirs, atol=1e-5, rtol=1e-5)
 
 
+def test_layers_of_a_timm_models_head_that_serve_its_features_are_no_head(tmp_path: Path) -> None:
+    modality = load_recipe(SMOKE).modality.build(None)
+    model = timm.create_model("test_convnext", pretrained=False, num_classes=4)
+    backbone = TimmConfig(model="test_convnext").build(modality)
+    report = fill(backbone, path=saved(model, tmp_path / "convnext.safetensors"))
+    assert "model.head.norm.weight" in report.matched
+    assert sorted(report.heads_left_out) == ["head.fc.bias", "head.fc.weight"] and not report.unused
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of ours, of four steps."""
@@ -351,6 +360,10 @@ def test_formats_that_need_rope_or_another_reader_are_refused(tmp_path: Path) ->
         save_file({**state, extra: torch.zeros(3)}, tmp_path / "v3.safetensors")
         text = refusal(vit, path=tmp_path / "v3.safetensors")
         assert "DINOv3's format" in text and "rotary positions (RoPE)" in text and extra in text
+    rotary = timm.create_model("vit_small_patch16_dinov3", pretrained=False, embed_dim=32, depth=1, num_heads=2)
+    assert "has no pos_embed, as models of DINOv3 and EVA" in refusal(
+        vit, path=saved(rotary, tmp_path / "r.safetensors")
+    )
     save_file({"embeddings.cls_token": torch.zeros(1)}, tmp_path / "hf.safetensors")
     assert "transformers' format" in refusal(vit, path=tmp_path / "hf.safetensors")
 
