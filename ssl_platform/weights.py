@@ -143,8 +143,8 @@ def _torch_file(path: Path) -> Mapping[str, Any]:
             f"{path}: holds Python objects beside tensors, or is no file of torch.save; it was not read, because reading "
             "such objects can run code. Save its state dict alone, best with safetensors.torch.save_file"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
+    except Exception as error:  # damaged bytes make the reader raise almost anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: cannot be read ({reason}): it was cut off or is no file of torch.save") from error
     if not isinstance(found, Mapping):
         raise ValueError(f"{path}: holds a {type(found).__name__}, where a state dict {{name: tensor}} is needed")

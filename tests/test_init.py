@@ -25,8 +25,9 @@ from ssl_platform.config import ConfigError, validate
 from ssl_platform.encoder import Encoder
 from ssl_platform.export import main as export_main
 from ssl_platform.initialise import Report, initialise
-from ssl_platform.recipe import NetworkConfig, load_recipe
+from ssl_platform.recipe import InitConfig, NetworkConfig, load_recipe
 from ssl_platform.train import main, train
+from ssl_platform.weights import read
 from tests.ranks import run_ranks
 from tests.test_conversion import CASES, conformance, conformance_vit, images_of, make, run
 from tests.test_resume import assert_equal
@@ -352,6 +353,29 @@ def test_bad_files_are_errors_in_words(finished: Path, tmp_path: Path) -> None:
     inside = finished / "checkpoints/step_00000004/model.safetensors"
     assert f"name its folder, {inside.parent}" in refusal(vit, path=inside)
     assert "timm's 'vit_smal': its weights cannot be had" in refusal(vit, timm="vit_smal")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("kind", ["pth", "old.pth", "safetensors"])
+def test_damaged_files_are_read_or_refused_in_words(kind: str, tmp_path: Path) -> None:
+    """The reader of torch raises AssertionError, IndexError, struct.error, ... for damaged bytes."""
+    tensors = {"cls_token": torch.zeros(1, 1, 8), "norm.weight": torch.ones(8), "mask_token": torch.zeros(1, 8)}
+    path = tmp_path / f"file.{kind}"
+    if kind == "safetensors":
+        save_file(tensors, path)
+    else:
+        torch.save(tensors, path, _use_new_zipfile_serialization=kind == "pth")
+    whole, rng, refused = np.frombuffer(path.read_bytes(), np.uint8), np.random.default_rng(0), 0
+    for _ in range(400):
+        damaged = whole[: rng.integers(len(whole)) if rng.random() < 0.2 else None].copy()
+        damaged[rng.integers(0, max(len(damaged), 1), min(len(damaged), 3))] = rng.integers(0, 256)
+        path.write_bytes(damaged.tobytes())
+        try:
+            read(InitConfig(path=path))
+        except (ValueError, OSError) as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 100
 
 
 def test_formats_that_need_rope_or_another_reader_are_refused(tmp_path: Path) -> None:
