@@ -4,6 +4,7 @@ import importlib.util
 import os
 import re
 import tarfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,33 @@ def quiet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def records(file: Path) -> list[Any]:
-    """What `wandb sync` would send, message by message: LevelDB's log format behind seven bytes of wandb's own."""
+    """What `wandb sync` would send, message by message.
+
+    `finish` returns before wandb's own process has written the file (seen: 7 bytes, and 3,882 a moment later), so this
+    waits for the record that ends a run.
+    """
+    deadline = time.monotonic() + 60
+    while True:
+        found = written(file.read_bytes())
+        if any(record.WhichOneof("record_type") == "exit" for record in found):
+            return found
+        assert time.monotonic() < deadline, f"{file}: no end of the run after a minute"
+        time.sleep(0.05)
+
+
+def written(data: bytes) -> list[Any]:
+    """The messages that are there: LevelDB's log format behind seven bytes of wandb's own."""
     from wandb.proto import wandb_internal_pb2
 
-    data, found, message, place = file.read_bytes(), [], b"", 7
+    found: list[Any] = []
+    message, place = b"", 7
     while place + 7 <= len(data):
         if (rest := 32768 - place % 32768) < 7:  # a block's end that no header fits into
             place += rest
             continue
         length, kind = int.from_bytes(data[place + 4 : place + 6], "little"), data[place + 6]
+        if place + 7 + length > len(data):
+            break  # still being written
         message += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (1, 4):  # whole, or the last part of one
@@ -50,7 +69,6 @@ def records(file: Path) -> list[Any]:
     return found
 
 
-@pytest.mark.slow  # seen once in many runs beside others on a busy machine: the last line not yet in the file
 def test_offline_run_resumed_keeps_its_id_and_tells_no_paths(quiet: Path) -> None:
     run_dir = quiet / "secret-run"
     common = [f"run_dir={run_dir}", "tensorboard=false", SECTION, "log_every=2", "save_every=4"]
