@@ -200,19 +200,24 @@ def set_step(
         group["weight_decay"] = weight_decay * rule.weight_decay_multiplier
 
 
+def peak(schedule: Schedule, steps: int, first: int = 0) -> float:
+    """The largest value from step `first` to the last, of a thousand steps among them; 0 if there are none."""
+    return max(map(schedule, range(first, steps, max((steps - first) // 1000, 1))), default=0.0)
+
+
 def peak_rates(optimizer: torch.optim.Optimizer, lr: Schedule, steps: int, freeze_last_layer_steps: int) -> list[str]:
     """The largest learning rates that are applied, one line for each network, head and objective, by parts of it.
 
     `lr` is the optimiser's with its scaling by batch size; multipliers of layers and first steps at 0 are counted in.
     """
     parts: dict[str, dict[str, list[float]]] = {}
-    notes: dict[str, str] = {}
+    notes: dict[str, dict[str, None]] = {}
     peaks: dict[int, float] = {}
     for group in optimizer.param_groups:
         rule: ParameterRule = group["rule"]
         frozen = max(rule.freeze_steps, freeze_last_layer_steps if rule.is_last_layer else 0)
         if frozen not in peaks:
-            peaks[frozen] = max(map(lr, range(frozen, steps)), default=0.0)
+            peaks[frozen] = peak(lr, steps, frozen)
         for name in group["names"]:
             section, owner, *rest = name.split(".")
             family = rest[0] if section == "networks" and rest[0] != "model" else ".".join(rest[1:2]) or rest[0]
@@ -220,7 +225,8 @@ def peak_rates(optimizer: torch.optim.Optimizer, lr: Schedule, steps: int, freez
             rates = parts.setdefault(title, {}).setdefault(family, [])
             rates.append(peaks[frozen] * rule.lr_multiplier)
             if frozen:
-                notes[f"{title} {family}" if rule.is_last_layer else title] = f"0 in the first {frozen} steps"
+                note = f"{family} 0" if rule.is_last_layer else "0"
+                notes.setdefault(title, {})[f"{note} in the first {frozen} steps"] = None
     lines = []
     for title, families in parts.items():
         shared: dict[tuple[float, float], list[str]] = {}
@@ -231,8 +237,7 @@ def peak_rates(optimizer: torch.optim.Optimizer, lr: Schedule, steps: int, freez
             + (f"{low:.2e}" if low == high else f"{low:.2e} (lowest layer) to {high:.2e} (highest)")
             for (low, high), names in shared.items()
         ]
-        said = [f"{key.removeprefix(title).strip()} {note}".strip() for key, note in notes.items() if title in key]
-        lines.append(f"peak learning rate of {title}: {'; '.join(texts + said)}")
+        lines.append(f"peak learning rate of {title}: {'; '.join([*texts, *notes.get(title, ())])}")
     return lines
 
 

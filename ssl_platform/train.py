@@ -24,7 +24,7 @@ from ssl_platform.initialise import Report, initialise, write_reports
 from ssl_platform.log import Metrics, cut_back, logger, set_up_logging
 from ssl_platform.modalities import Modality
 from ssl_platform.monitors import Monitor
-from ssl_platform.optim import peak_rates
+from ssl_platform.optim import peak, peak_rates
 from ssl_platform.progress import Clock, StopFlag
 from ssl_platform.recipe import Recipe, build_modality, load_recipe, open_index, open_order
 from ssl_platform.recipe_checks import doubtful
@@ -166,7 +166,7 @@ def say_what_begins(run: Run, device: torch.device) -> None:
         f"{len(order.sources)} sources" if recipe.data.sources
         else f"{recipe.steps * recipe.batch_size / len(index):.1f} epochs",
         sum(p.numel() for ps in parts.trained.values() for p in ps) / 1e6,
-        max(parts.lr(s) for s in range(0, recipe.steps, max(recipe.steps // 1000, 1))),
+        peak(parts.lr, recipe.steps),
         distributed.world_size(), device,
     )  # fmt: skip
     for line in peak_rates(parts.optimizer, parts.lr, recipe.steps, parts.freeze_last_layer_steps):

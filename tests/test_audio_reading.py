@@ -1,5 +1,6 @@
 """Sound from bytes: what is read, what is refused and in which words; and Kaldi's filter banks."""
 
+import errno
 import io
 import struct
 import subprocess
@@ -185,6 +186,14 @@ os.write(2, b"the end")
         command = [sys.executable, "-c", code, file.name]
         found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
     assert found.stderr == "somebody else\nthe end"
+
+
+def test_without_room_for_held_lines_sound_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_room() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", no_room)
+    assert decode_audio(written("MP3")).sample_rate == RATE
 
 
 def test_a_segment_beyond_the_end_is_refused() -> None:

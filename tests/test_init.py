@@ -505,6 +505,7 @@ def test_peak_rates_are_those_that_are_applied() -> None:
         "networks.student.norm.weight": optim.ParameterRule(1.0, 0.0, False, 3),
         "heads.dino.student.mlp.weight": optim.ParameterRule(1.0, 1.0, False),
         "heads.dino.student.last_layer.weight_v": optim.ParameterRule(1.0, 1.0, True),
+        "heads.dino_two.student.last_layer.weight_v": optim.ParameterRule(1.0, 1.0, True),
         "objectives.kde.scale": optim.ParameterRule(1.0, 1.0, False),
     }
     named = [(name, nn.Parameter(torch.zeros(1)), rule) for name, rule in rules.items()]
@@ -525,6 +526,8 @@ def test_peak_rates_are_those_that_are_applied() -> None:
         f"peak learning rate of head dino: mlp {peak['dino.student.mlp.weight']}; "
         f"last_layer {peak['dino.student.last_layer.weight_v']}; last_layer 0 in the first 5 steps",
         f"peak learning rate of objective kde: {peak['kde.scale']}",
+        f"peak learning rate of head dino_two: {peak['dino_two.student.last_layer.weight_v']}; "
+        "last_layer 0 in the first 5 steps",
     ]
     assert peak["student.norm.weight"] != peak["dino.student.mlp.weight"] == "8.00e-01"
 

@@ -20,6 +20,7 @@ from ssl_platform.data.reading import ShardReader
 from ssl_platform.data.sources import folder_items
 from ssl_platform.modalities._audio import decode_audio
 from tests.clips import frames, write_clip
+from tests.packed import write_tar
 from tests.test_image_metadata import STORED, dicom
 from tests.test_media_audio import wav
 from tests.test_media_points import off
@@ -268,3 +269,14 @@ def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     os.mkfifo(tmp_path / "pipe")
     assert [item.name for item in folder_items(tmp_path, labels=False)] == ["a.png"]
+
+
+def test_members_of_no_medium_are_counted_and_not_called_bad(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """DICOM files are packed as PNG; in tars that others made they are members like others."""
+    (tmp_path / "others").mkdir()
+    write_tar(tmp_path / "others/a.tar", [(f"s{number}", {"dcm": dicom(STORED)}) for number in range(3)])
+    assert pack("verify", tmp_path / "others") == 0
+    assert pack("inspect", tmp_path / "others", "--out", tmp_path / "report") == 0
+    assert "bad samples: 0" in capsys.readouterr().out

@@ -22,11 +22,11 @@ def without_decoder_notes() -> Iterator[None]:
         yield
         return
     try:
-        real = os.dup(_STDERR)
-    except OSError:  # closed, as in a daemon
+        held, real = tempfile.TemporaryFile(), os.dup(_STDERR)  # noqa: SIM115 (closed below)
+    except OSError:  # no room, or no error stream, as in a daemon: no reason to leave a file out
         yield
         return
-    with tempfile.TemporaryFile() as held:
+    with held:
         os.dup2(held.fileno(), _STDERR)
         try:
             yield

@@ -20,6 +20,7 @@ from ssl_platform.modalities._images import decode_image
 
 PLURAL = "images"
 EXTENSIONS = (*_images.EXTENSIONS, *dicom.EXTENSIONS)
+STORED = _images.EXTENSIONS
 KEPT = ("jpg", "jpeg", "png", "webp", "npy")
 
 Pixels = NDArray[Any]
