@@ -30,6 +30,11 @@ class Item(NamedTuple):
     """What names somebody besides the group, and is stored as a salted hash too: "label", columns by their names."""
 
     @property
+    def extension(self) -> str:
+        """Of the file's name, in lower case and without the dot; "" if it has none."""
+        return self.path.suffix[1:].lower()
+
+    @property
     def is_whole(self) -> bool:
         """Whether the size of the file says how large the sample is."""
         return self.corner is None and not self.part

@@ -123,7 +123,7 @@ def estimate(jobs: Sequence[Job]) -> float:
     if files:
         total += float(stored_sizes(_some(files, _MOST_SIZES)).mean()) * len(files)
     for is_as_it_is in (True, False):
-        alike = [sample for sample in files if is_kept(sample.item.medium, _extension(sample)) == is_as_it_is]
+        alike = [sample for sample in files if is_kept(sample.item.medium, sample.item.extension) == is_as_it_is]
         total += _change(alike, jobs[0].options, _MOST_TO_CLEAN if is_as_it_is else math.inf)
     if tiles:
         same = [tile for tile in tiles if tile.item.path == tiles[0].item.path]  # an image is decoded once for them all
@@ -143,10 +143,6 @@ def _change(files: Sequence[Numbered], options: Options, most_bytes: float) -> f
     if not measured:
         return 0.0
     return float(sizes.mean() - stored_sizes(measured).mean()) * len(files) * len(small) / len(chosen)
-
-
-def _extension(sample: Numbered) -> str:
-    return sample.item.path.suffix[1:].lower()
 
 
 def _some(samples: Sequence[Numbered], most: int) -> Sequence[Numbered]:

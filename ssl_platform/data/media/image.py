@@ -31,7 +31,7 @@ def load(item: Item, options: Options) -> Content:
     if item.corner is not None:
         pixels = _tile(item, options.tile)
         return Content(*encode(pixels), pixels)
-    data, extension = item.path.read_bytes(), item.path.suffix[1:].lower()
+    data, extension = item.path.read_bytes(), item.extension
     if dicom.is_dicom(data):
         pixels, about = dicom.read_dicom(data, refuse_burnt_in=not options.keep_metadata)
         return Content(*encode(pixels), pixels, about)

@@ -46,7 +46,7 @@ def load(item: Item, options: Options) -> Content:
     size = item.path.stat().st_size
     if size > MAX_BYTES:
         raise ValueError(f"{size / 1e9:.1f} GB, at most {MAX_BYTES / 1e9:.1f}")
-    data, extension = item.path.read_bytes(), item.path.suffix[1:].lower()
+    data, extension = item.path.read_bytes(), item.extension
     if not data:
         raise ValueError("the file has zero bytes")
     if extension in MESHES:
@@ -83,7 +83,7 @@ def look(data: bytes, extension: str) -> Look:
 
 def with_num_points(items: Sequence[Item], num_points: int) -> list[Item]:
     """The items, with so many points to be drawn of each mesh."""
-    return [item._replace(part=(num_points,)) if item.path.suffix[1:].lower() in MESHES else item for item in items]
+    return [item._replace(part=(num_points,)) if item.extension in MESHES else item for item in items]
 
 
 def picture(points: Points, side: int = 112) -> NDArray[np.uint8]:
