@@ -288,6 +288,7 @@ def test_the_table_tells_what_the_shards_do_not(tree: Path, tmp_path: Path, caps
     assert len(set(groups.values())) == len(groups) == 2
 
 
+@pytest.mark.usefixtures("new_salts")
 def test_a_salt_that_is_shared_gives_the_same_names(tree: Path, tmp_path: Path) -> None:
     """A person in two data sets has one group; with salts of their own nobody can tell."""
     salt = save(tmp_path / "salt", os.urandom(32))
@@ -350,6 +351,7 @@ def test_options_that_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.usefixtures("new_salts")
 def test_another_salt_is_another_plan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save(tmp_path / "in" / "a.png", files.png(1))
     pack(tmp_path / "in", tmp_path / "out")

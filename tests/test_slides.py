@@ -535,6 +535,7 @@ def test_a_slide_that_is_gone_is_a_bad_sample_without_a_name(tmp_path: Path) -> 
         ShardReader(Index.open(tmp_path / "index"), 1).read(0)
 
 
+@pytest.mark.usefixtures("new_salts")
 def test_commands_on_an_index_of_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """verify reads the slides; what merge and prune write finds them, from shards of splits and beside pixels too."""
     write_tiff(tmp_path / "one" / "a.tif", pyramid(section(HEIGHT, WIDTH, 0), (1, 4)))

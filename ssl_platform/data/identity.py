@@ -81,6 +81,10 @@ def lookup_folder(out: Path) -> Path:
     return whole.with_name(whole.name + ".lookup")
 
 
+def _new_salt() -> bytes:
+    return secrets.token_bytes(_SALT_BYTES)
+
+
 def own_salt(out: Path) -> Names:
     """Names with the salt of the look-up folder of `out`, made on first use. Several may do so at the same time."""
     folder = lookup_folder(out)
@@ -89,7 +93,7 @@ def own_salt(out: Path) -> Names:
     if not path.exists():
         temporary = folder / f".salt.{secrets.token_hex(8)}"
         with os.fdopen(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
-            file.write(secrets.token_bytes(_SALT_BYTES))
+            file.write(_new_salt())
             file.flush()
             os.fsync(file.fileno())
         try:
