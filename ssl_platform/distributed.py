@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed import Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -17,7 +19,7 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-_store: dist.Store | None = None
+_store: Store | None = None
 collective_timer: Callable[[], AbstractContextManager[None]] | None = None
 """Set while somebody wants to know the time inside collectives (`stragglers`)."""
 
@@ -41,7 +43,7 @@ def start(timeout_minutes: float = 10.0) -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
         try:
-            found, number, size = next(iter(dist.rendezvous("env://", timeout=timeout)))
+            found, number, size = next(iter(rendezvous("env://", timeout=timeout)))
             found.set_timeout(timeout)
             dist.init_process_group(backend, store=found, rank=number, world_size=size, timeout=timeout)
         except (dist.DistError, RuntimeError) as error:
@@ -53,7 +55,9 @@ def start(timeout_minutes: float = 10.0) -> torch.device:
 def _apart(error: Exception) -> str:
     number, place = os.environ.get("RANK"), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
     if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-        return f"rank {number} cannot wait for the others at {place}: the port is in use; set MASTER_PORT to another one"
+        return (
+            f"rank {number} cannot wait for the others at {place}: the port is in use; set MASTER_PORT to another one"
+        )
     reason = str(error).strip().splitlines()[0]
     return (
         f"rank {number} of {environment_world_size()} does not meet the others at {place} (MASTER_ADDR, MASTER_PORT): "
@@ -61,7 +65,7 @@ def _apart(error: Exception) -> str:
     )
 
 
-def store() -> dist.Store | None:
+def store() -> Store | None:
     """A connection of its own to the store that all ranks share; None for one process alone."""
     if _store is None:
         return None

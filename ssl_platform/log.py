@@ -29,9 +29,6 @@ def set_up_logging() -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     handler.addFilter(_ToTerminal())
-    for old in logger.handlers:
-        if isinstance(old, logging.FileHandler):  # of an earlier run in this process
-            old.close()
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if distributed.rank() == 0 else logging.WARNING)
@@ -55,7 +52,8 @@ def open_rank_log(run_dir: Path) -> IO[str]:
     """From now on this rank also logs to `run_dir/logs/rank-N.log`, behind what earlier parts of the run left there."""
     path = run_dir / "logs" / f"rank-{distributed.rank()}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path, encoding="utf-8")
+    stream = path.open("a", encoding="utf-8")
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     level = logger.level
     for other in logger.handlers:
@@ -64,7 +62,7 @@ def open_rank_log(run_dir: Path) -> IO[str]:
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     to_rank_log("rank %d of %d, process %d", distributed.rank(), distributed.world_size(), os.getpid())
-    return handler.stream
+    return stream
 
 
 def to_rank_log(message: str, *values: object, error: bool = False) -> None:

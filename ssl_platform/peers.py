@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -42,10 +43,20 @@ _place = Place(0, 0, "starting", time.monotonic(), False)
 _watch: "_Watch | None" = None
 
 
-def at(step: int, doing: str, limited: bool = True) -> None:
+_slow_step = 0
+
+
+def at(step: int, doing: str) -> None:
     """Marks what this rank does next; `step` counts from 1. Cheap: it is called several times a step."""
     global _place
-    _place = Place(_place.number + 1, step, doing, time.monotonic(), limited)
+    _place = Place(_place.number + 1, step, doing, time.monotonic(), step != _slow_step)
+
+
+def begin(step: int, doing: str) -> None:
+    """Marks what may take as long as it likes, as may the step after it, `step`, which compiles and fills queues."""
+    global _slow_step
+    _slow_step = step
+    at(step, doing)
 
 
 def watch(timeout_seconds: float, tell: Callable[[str], None]) -> None:
@@ -94,10 +105,8 @@ class _Watch:
     def _watch(self) -> None:
         while True:
             time.sleep(BEAT_SECONDS)
-            try:
+            with suppress(RuntimeError):  # rank 0 is gone with the store; the next collective says so
                 self.beat()
-            except RuntimeError:  # rank 0 is gone with the store; the next collective says so
-                pass
             place = _place
             if place.limited and time.monotonic() - place.since > self.timeout:
                 self.tell(self.account(timed_out=True))

@@ -42,7 +42,7 @@ def _timed(device: torch.device, sign: int) -> Iterator[None]:
             distributed.collective_timer = None
             yield
             return
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         begin.record()
         yield
         end.record()

@@ -160,6 +160,7 @@ def train(recipe: Recipe, device: torch.device) -> None:
         context = StageContext(
             parts.student_teacher, modality, index, device, recipe.seed, stage.name, stage.repetition, folder
         )
+        peers.begin(step + 1, f"preparing stage {stage.name}")
         prepared = begin_stage(stage, context, resumed=step > stage.begin)
         with closing(stage_batches(stage, recipe, index, order, modality, step, prepared)) as batches:
             step, stopping = run_stage(run, stage, batches, step)
