@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -19,7 +18,7 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-_store: Store | None = None
+_store: Any = None
 collective_timer: Callable[[], AbstractContextManager[None]] | None = None
 """Set while somebody wants to know the time inside collectives (`stragglers`)."""
 
@@ -65,7 +64,7 @@ def _apart(error: Exception) -> str:
     )
 
 
-def store() -> Store | None:
+def store() -> Any:
     """A connection of its own to the store that all ranks share; None for one process alone."""
     if _store is None:
         return None

@@ -74,6 +74,7 @@ def ends_with(error: BaseException) -> str:
     if _watch is None:
         return ""
     if not is_of_a_collective(error):
+        _watch.beat()
         _watch.post("ended", f"{type(error).__name__}: {error}".splitlines()[0][:300])
         return ""
     return _watch.account("timed out" in str(error).lower() or "timeout" in str(error).lower())
@@ -168,7 +169,7 @@ def dump_stacks_to(file: Any) -> None:
 
 
 def _said(place: Any) -> str:
-    return f"step {place[2]}, {place[3]}, since {place[4]:.0f} s" if place else "the start"
+    return f"step {place[2]}, {place[3]}, for {place[4]:.0f} s" if place else "the start"
 
 
 def _few(ranks: Any) -> list[int]:
