@@ -8,11 +8,12 @@ that hangs in Python, or in NCCL, which would be ended without a word.
 import faulthandler
 import json
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch.distributed as dist
 
@@ -43,7 +44,7 @@ _place = Place(0, 0, "starting", time.monotonic(), False)
 _watch: "_Watch | None" = None
 
 
-_slow_step = 0
+_slow_step = 1
 
 
 def at(step: int, doing: str) -> None:
@@ -73,24 +74,39 @@ def ends_with(error: BaseException) -> str:
     """Tells the other ranks that this one ends by `error`; one line that says who is to blame if it was another, else ""."""
     if _watch is None:
         return ""
+    _watch.ending = True
     if not is_of_a_collective(error):
         _watch.beat()
         _watch.post("ended", f"{type(error).__name__}: {error}".splitlines()[0][:300])
+        _watch.store.set("failure", str(_watch.rank))
         return ""
-    return _watch.account("timed out" in str(error).lower() or "timeout" in str(error).lower())
+    late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+    return _watch.account("timed out" if late else "lost its connection")
 
 
 def is_of_a_collective(error: BaseException) -> bool:
-    """Whether the network between ranks failed: gloo raises plain RuntimeErrors that name a file of it."""
-    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    """Whether the network between ranks failed: gloo raises plain RuntimeErrors."""
+    words = ("gloo", "pair closure", "Connection closed by peer", "NCCL")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def stop() -> None:
+    """The run is over: no more is told."""
+    global _watch
+    if _watch is not None:
+        _watch.over.set()
+        _watch = None
 
 
 def leave(code: int) -> None:
     """Ends a process whose group is broken, in which an orderly end would wait for ranks that are gone."""
     if _watch is None:
         return
-    if code == LEFT_BEHIND and distributed.rank() == 0:
-        time.sleep(SILENT_SECONDS)  # it holds the store, which the others still ask
+    if distributed.rank() == 0:
+        time.sleep(2 * SILENT_SECONDS)  # it holds the store, which the others still ask
+    sys.stdout.flush()
     os._exit(code)
 
 
@@ -100,17 +116,23 @@ class _Watch:
         self.rank, self.size = distributed.rank(), distributed.world_size()
         self.accounting = threading.Lock()
         self.beats = 0
+        self.ending = False
+        """Whether the loop has failed, so that its own thread says why."""
+        self.over = threading.Event()
         self.beat()
         threading.Thread(target=self._watch, name="peers", daemon=True).start()
 
     def _watch(self) -> None:
-        while True:
-            time.sleep(BEAT_SECONDS)
+        failure = False
+        while not self.over.wait(BEAT_SECONDS):
+            seen = failure  # in the beat before: by now this rank, too, has had the time to say what it knows
             with suppress(RuntimeError):  # rank 0 is gone with the store; the next collective says so
                 self.beat()
+                failure = self.store.check(["failure"])
             place = _place
-            if place.limited and time.monotonic() - place.since > self.timeout:
-                self.tell(self.account(timed_out=True))
+            late = place.limited and time.monotonic() - place.since > self.timeout
+            if (late or seen) and not self.ending:
+                self.tell(self.account("timed out" if late else "left behind"))
                 faulthandler.dump_traceback(file=_stacks or 2)
                 leave(LEFT_BEHIND)
 
@@ -127,25 +149,28 @@ class _Watch:
         ranks = [rank for rank in range(self.size) if self.store.check([f"{name}/{rank}"])]
         return {rank: json.loads(self.store.get(f"{name}/{rank}")) for rank in ranks}
 
-    def account(self, timed_out: bool) -> str:
+    def account(self, fate: Literal["timed out", "lost its connection", "left behind"]) -> str:
         """Says, once, where this rank was, and which other one is missing."""
         self.accounting.acquire()  # for good: the process ends
         place = _place
         waited = f"for {time.monotonic() - place.since:.0f} s (collective_timeout_minutes={self.timeout / 60:.3g})"
-        happened = f"waited in vain {waited}" if timed_out else "lost its connection"
-        return f"step {place.step}, {place.doing}: rank {self.rank} {happened}; {self.missing(place)}"
+        happened = f"waited in vain {waited}" if fate == "timed out" else f"was {fate}" if fate[:4] == "left" else fate
+        return f"step {place.step}, {place.doing}: rank {self.rank} {happened}; {self.missing()}"
 
-    def missing(self, mine: Place) -> str:
+    def missing(self) -> str:
         """Which ranks did not arrive, as far as the store tells."""
         try:
             before = self.read("place")
-            time.sleep(SILENT_SECONDS)
+            if not self.read("ended"):
+                time.sleep(SILENT_SECONDS)
             after, ended = self.read("place"), self.read("ended")
         except RuntimeError:
             return "rank 0, which holds the rendezvous, is gone: its log or its machine's may say why"
         ended.pop(self.rank, None)
         if ended:
-            return ", ".join(f"rank {rank} ended at {_said(after.get(rank))}: {ended[rank]}" for rank in _few(ended))
+            return ", ".join(
+                f"rank {rank} ended at {_said(after.get(rank), False)}: {ended[rank]}" for rank in _few(ended)
+            )
         others = [rank for rank in range(self.size) if rank != self.rank]
         silent = [rank for rank in others if before.get(rank) == after.get(rank)]
         if silent:
@@ -168,8 +193,10 @@ def dump_stacks_to(file: Any) -> None:
     faulthandler.enable(file)
 
 
-def _said(place: Any) -> str:
-    return f"step {place[2]}, {place[3]}, for {place[4]:.0f} s" if place else "the start"
+def _said(place: Any, how_long: bool = True) -> str:
+    if not place:
+        return "the start"
+    return f"step {place[2]}, {place[3]}" + (f", for {place[4]:.0f} s" if how_long else "")
 
 
 def _few(ranks: Any) -> list[int]:

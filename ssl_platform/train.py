@@ -108,6 +108,7 @@ keys: docs/configuration.md""",
         peers.leave(1)
         raise
     finally:
+        peers.stop()
         distributed.stop()
     return 0
 
@@ -168,6 +169,7 @@ def train(recipe: Recipe, device: torch.device) -> None:
             name = run.stop.name or "a signal to another rank"
             logger.info("stopped by %s after step %d; the same command goes on from there", name, step)
             break
+    peers.begin(step, "finishing")
     run.stop.restore()
     metrics.close()
 

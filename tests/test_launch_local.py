@@ -130,9 +130,19 @@ def test_a_rank_that_raises_is_named_with_its_error_and_log(tmp_path: Path) -> N
     log = tmp_path / "logs/rank-1.log"
     expected = f"rank 1 failed: exit code 1; last error: ValueError: told to raise; log: {log}"
     assert said.splitlines()[-1] == f"launch.local: {expected}"
-    assert re.search(r"step 3, the .*: rank 0 lost its connection; rank 1 ended at step 3.*: told to raise", said)
+    assert re.search(
+        r"step 3, the .*: rank 0 (lost its connection|was left behind); rank 1 ended at step 3.*: told to", said
+    )
     assert "Traceback" not in said and "gloo" not in said
     assert "Traceback" in log.read_text() and not processes_of(tmp_path)
+
+
+@pytest.mark.slow
+def test_ranks_end_with_rank_zero_before_the_network_tells_them(tmp_path: Path) -> None:
+    code, said = trouble(tmp_path, "raise", "objectives.trouble.rank=0")
+    assert code == 1 and "rank 0 failed: exit code 1; last error: ValueError: told to raise" in said.splitlines()[-1]
+    last = (tmp_path / "logs/rank-1.log").read_text()
+    assert re.search(r"step 3, .*: rank 1 was left behind; rank 0 ended at step 3, .*: told to raise", last)
 
 
 def test_a_rank_that_is_killed(tmp_path: Path) -> None:
