@@ -1,6 +1,7 @@
 """Processes that train together: start and stop, and collectives that are identities for one process alone."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -16,20 +18,65 @@ def environment_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+_store: Any = None
+collective_timer: Callable[[], AbstractContextManager[None]] | None = None
+"""Set while somebody wants to know the time inside collectives (`stragglers`)."""
+
+
+def _timed() -> AbstractContextManager[None]:
+    return collective_timer() if collective_timer is not None else nullcontext()
+
+
 def start(timeout_minutes: float = 10.0) -> torch.device:
-    """Joins the launcher's process group, if there is one, and returns this process's device."""
+    """Joins the launcher's process group, if there is one, and returns this process's device.
+
+    `timeout_minutes` is how long a rank waits for the others, here and in each collective; ConnectionError if they do
+    not come, or if the port of the rendezvous is taken.
+    """
+    global _store
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if environment_world_size() > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        timeout = timedelta(minutes=timeout_minutes)
+        try:
+            found, number, size = next(iter(rendezvous("env://", timeout=timeout)))
+            found.set_timeout(timeout)
+            dist.init_process_group(backend, store=found, rank=number, world_size=size, timeout=timeout)
+        except (dist.DistError, RuntimeError) as error:
+            raise ConnectionError(_apart(error)) from error
+        _store = found
     return device
+
+
+def _apart(error: Exception) -> str:
+    number, place = os.environ.get("RANK"), f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+        return (
+            f"rank {number} cannot wait for the others at {place}: the port is in use; set MASTER_PORT to another one"
+        )
+    reason = str(error).strip().splitlines()[0]
+    return (
+        f"rank {number} of {environment_world_size()} does not meet the others at {place} (MASTER_ADDR, MASTER_PORT): "
+        f"{reason}. Have all of them started, and can this machine reach that address?"
+    )
+
+
+def store() -> Any:
+    """A connection of its own to the store that all ranks share; None for one process alone."""
+    if _store is None:
+        return None
+    own = _store.clone()
+    own.set_timeout(timedelta(seconds=5))
+    return own
 
 
 def stop() -> None:
     """Leaves the process group."""
+    global _store
+    _store = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -55,7 +102,8 @@ def total(tensor: Tensor) -> Tensor:
     if world_size() == 1:
         return tensor
     summed = tensor.detach().clone()
-    dist.all_reduce(summed)
+    with _timed():
+        dist.all_reduce(summed)
     return summed
 
 
@@ -64,7 +112,8 @@ def maximum(tensor: Tensor) -> Tensor:
     if world_size() == 1:
         return tensor
     largest = tensor.detach().clone()
-    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    with _timed():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest
 
 
@@ -85,7 +134,8 @@ def gather(tensor: Tensor) -> Tensor:
     if world_size() == 1:
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
-    dist.all_gather(parts, tensor.detach().contiguous())
+    with _timed():
+        dist.all_gather(parts, tensor.detach().contiguous())
     return torch.cat(parts)
 
 

@@ -45,6 +45,8 @@ WAITING_SHARE, WAITING_SECONDS = 0.2, 60.0
 """Waiting for data more than a fifth of the time, over at least a minute: workers need a while to fill their queues."""
 SKIPPED_SHARE, SKIPPED_LINES = 0.01, 10
 """Of the steps of so many lines: one bad batch in a hundred is no longer one odd sample."""
+SLOW_RANK = 1.3
+"""A rank that takes so many times the median's time for its own work holds up all others by about as much."""
 NORM_LINES, FEWEST_NORMS = 50, 10
 """How many lines before the usual gradient norm is the median of, and how many it needs at least."""
 HISTORY = 200
@@ -86,6 +88,7 @@ class Health:
         self._known: dict[str, float] = {}
         """The latest value of every figure: the texts quote figures that are not in every line."""
         self._left_plateau: set[str] = set()
+        self._slow_ranks: set[int] = set()
 
     def judge(self, line: Line) -> list[Notice]:
         """What is new with this line of `metrics.jsonl`."""
@@ -140,6 +143,7 @@ class Health:
         yield from self._exploding(known)
         yield from self._starving()
         yield from self._skipping(known)
+        yield from self._straggling(known)
 
     def _uniform(self, name: str, objective: Objective, known: Line, settled: bool) -> Iterator[Rule]:
         entropy, kl = known.get(f"{name}_teacher_entropy"), known.get(f"{name}_kl")
@@ -250,6 +254,20 @@ class Health:
         )
         yield Rule("skipped", "", message if skipped >= 2 and skipped > SKIPPED_SHARE * steps else "")
 
+    def _straggling(self, known: Line) -> Iterator[Rule]:
+        if (slowest := known.get("slowest_rank")) is None:
+            return
+        ratio = known.get("slowest_rank_ratio", 1.0)
+        if ratio > SLOW_RANK:
+            self._slow_ranks.add(int(slowest))
+        for rank in sorted(self._slow_ranks):
+            message = (
+                f"it takes {ratio:.2f} times as long as the median rank to read and forward its share, and all wait for "
+                "it. Look on its machine for other programs, a hot or throttled GPU, a slow disk or network, and at "
+                f"logs/rank-{rank}.log"
+            )
+            yield Rule("straggler", f"rank {rank}", message if rank == slowest and ratio > SLOW_RANK else "")
+
     def _exact(self) -> str:
         return "" if self.facts.precision == "fp32" else ", precision: fp32"
 
@@ -276,4 +294,5 @@ TITLES = {
     "gradients": "exploding gradients",
     "data": "waiting for data",
     "skipped": "steps are skipped",
+    "straggler": "one rank is slower than the others",
 }

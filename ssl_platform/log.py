@@ -9,7 +9,7 @@ import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from ssl_platform import distributed
 from ssl_platform.config import ConfigError
@@ -28,9 +28,46 @@ def set_up_logging() -> None:
     else:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.addFilter(_ToTerminal())
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.INFO if distributed.rank() == 0 else logging.WARNING)
+
+
+class _ToTerminal(logging.Filter):
+    """Leaves out what is for the log of the rank alone."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not getattr(record, "rank_log_only", False)
+
+
+class _ToFile(logging.Filter):
+    """Leaves out names of samples, which stand in `events.jsonl`."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not getattr(record, "names_samples", False)
+
+
+def open_rank_log(run_dir: Path) -> IO[str]:
+    """From now on this rank also logs to `run_dir/logs/rank-N.log`, behind what earlier parts of the run left there."""
+    path = run_dir / "logs" / f"rank-{distributed.rank()}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stream = path.open("a", encoding="utf-8")
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+    level = logger.level
+    for other in logger.handlers:
+        other.setLevel(level)  # the terminal goes on showing rank 0, and warnings of others
+    handler.addFilter(_ToFile())
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    to_rank_log("rank %d of %d, process %d", distributed.rank(), distributed.world_size(), os.getpid())
+    return stream
+
+
+def to_rank_log(message: str, *values: object, error: bool = False) -> None:
+    """A line for the rank's own log and not for the terminal."""
+    logger.log(logging.ERROR if error else logging.INFO, message, *values, extra={"rank_log_only": True})
 
 
 class Metrics:

@@ -30,7 +30,10 @@ USED_SHARE = 0.1
 """A prototype counts as used from this share of what it would get if all were used equally."""
 POOLED = ("feature_std", "rankme", "rank_share", "cosine", "prototype_usage", "prototype_perplexity", "pooled_samples")
 """Ends of the names of figures over several steps: after a resume the first ones are over fewer."""
-OF_THE_MACHINE = ("samples_per_second", "data_wait_share", "mfu", "memory_gb", "gpu_memory_gb")
+OF_THE_MACHINE = (
+    "samples_per_second", "data_wait_share", "mfu", "memory_gb", "gpu_memory_gb",
+    "slowest_rank", "slowest_rank_ratio",
+)  # fmt: skip
 """Names of figures that differ between two runs of the same configuration."""
 
 

@@ -129,6 +129,8 @@ class Recipe(Config):
     tensorboard: bool = True
     wandb: WandbConfig | None = None
     """Weights & Biases as well; it needs the package wandb."""
+    collective_timeout_minutes: float = Field(10.0, gt=0)
+    """How long a rank waits for the others before the run ends; longer than the slowest save or wait for data."""
 
     @property
     def signal_interval(self) -> int:

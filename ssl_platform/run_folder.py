@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ssl_platform import __version__, checkpoint, distributed
+from ssl_platform import __version__, checkpoint, distributed, peers, stragglers
 from ssl_platform.config import to_yaml
 from ssl_platform.data.index import Index
 from ssl_platform.data.mixture import described
@@ -44,6 +44,7 @@ class Run:
 def save(run: Run, step: int) -> None:
     """Writes a checkpoint of `step` finished steps from rank 0; the other ranks wait for it."""
     recipe, parts = run.recipe, run.parts
+    peers.at(step, "saving a checkpoint")
     if distributed.rank() == 0:
         state = checkpoint.TrainState(
             step=step,
@@ -63,6 +64,7 @@ def save(run: Run, step: int) -> None:
         path = checkpoint.save(folder, state, to_yaml(recipe), model, moments)
         checkpoint.prune(folder, recipe.keep_last, recipe.keep_every)
         logger.info("saved %s", path)
+    peers.at(step, "waiting for the checkpoint of rank 0")
     distributed.barrier()
 
 
@@ -155,10 +157,11 @@ def keep_count(recipe: Recipe, parts: Parts, result: StepResult, step: int) -> N
         events = recipe.run_dir / "events.jsonl"
         if result.skipped:
             append_line(events, {"step": step, "event": "not_finite", "keys_by_rank": keys})
-            logger.warning("step %d skipped: loss or gradients not finite; keys by rank: %s", step, keys)
+            text = "step %d skipped: loss or gradients not finite; keys by rank: %s"
+            logger.warning(text, step, keys, extra={"names_samples": True})
         for line in replaced:
             append_line(events, {"step": step, "event": "replaced_sample", "sample": line})
-            logger.warning("bad sample replaced: %s", line)
+            logger.warning("bad sample replaced: %s", line, extra={"names_samples": True})
     if parts.counters["skipped_steps"] > recipe.max_skipped_steps:
         raise TrainingStopped(
             f"step {step}: {parts.counters['skipped_steps']} steps were not finite, more than max_skipped_steps="
@@ -179,6 +182,7 @@ def report(run: Run, result: StepResult, clock: Clock, step: int, active: Sequen
     Where collapse signals are due they stand in the same line; what the line says of the run's health is said in words.
     """
     recipe, parts, monitor = run.recipe, run.parts, run.monitor
+    peers.at(step, "gathering the metrics")
     loss, *terms = distributed.mean(_stacked([result.loss, *result.terms.values()], result.loss.device)).tolist()
     line: dict[str, float | int] = {"loss": loss, **dict(zip(result.terms, terms, strict=True))}
     if result.metrics:
@@ -188,11 +192,11 @@ def report(run: Run, result: StepResult, clock: Clock, step: int, active: Sequen
     line["weight_decay"] = parts.weight_decay(step - 1)
     line |= followed_schedules(parts, active, step - 1)
     line |= {f"grad_norm_{name}": norm.item() for name, norm in result.grad_norms.items()}
+    waited = clock.waited
     line |= clock.lap() | parts.counters
     if recipe.data.sources:
         line |= {f"drawn_{name}": count for name, count in run.order.drawn(step * recipe.batch_size).items()}
-    waited = torch.tensor(line["data_wait_share"], dtype=torch.float64)
-    line["data_wait_share"] = distributed.maximum(waited).item()  # the rank that waits longest holds up the others
+    line |= stragglers.figures(clock_seconds=waited, data_wait_share=line["data_wait_share"])
     line |= monitor.speed(active, line["samples_per_second"])
     if monitor.due(step):
         line |= monitor.signals()

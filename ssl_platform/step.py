@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ssl_platform import distributed, optim
+from ssl_platform import distributed, optim, peers, stragglers
 from ssl_platform.modalities import Modality
 from ssl_platform.recipe import Fill, Recipe, build_student_teacher
 from ssl_platform.student_teacher import StudentTeacher
@@ -108,20 +108,26 @@ def train_step(
     )
     outputs, keys, replaced, filtered = [], [], [], 0
     for micro_step in range(parts.accumulate):
+        peers.at(step + 1, "reading a batch")
         batch = next(batches).to(parts.device)
         torch.manual_seed(model_seed(parts.seed, step, micro_step, distributed.rank()))
         with distributed.no_sync(parts.module, micro_step < parts.accumulate - 1):
-            output = parts.module(batch, step, active)
+            peers.at(step + 1, "the forward pass")
+            with stragglers.working(parts.device):
+                output = parts.module(batch, step, active)
+            peers.at(step + 1, "the backward pass")
             (output.loss / parts.accumulate).backward()
         outputs.append(output)
         keys += batch.keys
         replaced += batch.replaced
         filtered += batch.filtered
+    peers.at(step + 1, "agreeing on the step")
     grad_norms = optim.clip_gradients(parts.trained, parts.clip_grad)
     loss = torch.stack([output.loss.detach() for output in outputs]).mean()
     finite = torch.isfinite(torch.stack([loss, *(norm.to(loss.device) for norm in grad_norms.values())])).all()
     mine = torch.tensor([not finite.item(), bool(stop), filtered], dtype=torch.float64)
     skipped, stopping, filtered = map(int, distributed.total(mine).tolist())  # one collective for all three
+    peers.at(step + 1, "updating the networks")
     if not skipped:
         parts.optimizer.step()
         parts.student_teacher.update(step)

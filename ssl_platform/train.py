@@ -5,6 +5,7 @@ Read it as: main (configuration) -> train (parts, then stages) -> run_stage (loo
 
 import argparse
 import sys
+import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
@@ -13,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ssl_platform import checkpoint, distributed, run_lock
+from ssl_platform import checkpoint, distributed, peers, run_lock
 from ssl_platform.config import ConfigError, to_yaml
 from ssl_platform.data.index import Index
 from ssl_platform.data.mixture import doubtful_cache, summary
@@ -21,7 +22,7 @@ from ssl_platform.data.order import Order
 from ssl_platform.data.reading import BadSampleError
 from ssl_platform.data.shards import train_batches
 from ssl_platform.initialise import Report, initialise, write_reports
-from ssl_platform.log import Metrics, cut_back, logger, set_up_logging
+from ssl_platform.log import Metrics, cut_back, logger, open_rank_log, set_up_logging, to_rank_log
 from ssl_platform.modalities import Modality
 from ssl_platform.monitors import Monitor
 from ssl_platform.optim import peak, peak_rates
@@ -38,7 +39,10 @@ from ssl_platform.views import Batch
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code (0 finished or stopped by a signal after saving, 1 refused or failed)."""
+    """The command; returns its exit code (0 finished or stopped by a signal after saving, 1 refused or failed).
+
+    With several ranks it ends the process itself where one failed, with 3 if that was another rank (`peers`).
+    """
     parser = argparse.ArgumentParser(
         prog="ssl-train",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -48,13 +52,14 @@ def main(argv: Sequence[str] | None = None) -> int:
   ssl-train my.yaml run_dir=runs/a steps=50000 optim.lr=1e-3 any key of the YAML can be set
   ssl-train my.yaml --estimate                               memory, samples and time, then stops
   ssl-train my.yaml --show-views views.png                   a picture of what the networks will see, then stops
-  torchrun --nproc-per-node 8 -m ssl_platform.train my.yaml  eight GPUs of one machine
+  python -m launch.local my.yaml gpus=8                      eight GPUs of one machine (docs/launch.md)
 
 what comes out, in run_dir:
   config.yaml      the whole configuration, defaults included; a valid CONFIG
   metrics.jsonl    one object every log_every steps: losses, entropies, gradient norms, speed, signals of collapse
   events.jsonl     skipped steps, bad samples, and warnings when the run looks unhealthy (docs/health.md)
   init.json        what a network was started from (`init`): keys matched, resized, fresh; checksum of the file
+  logs/            rank-N.log: what each rank said, over all parts of the run
   checkpoints/     step_XXXXXXXX folders: for ssl-eval, ssl-export, and to resume
 keys: docs/configuration.md""",
     )
@@ -75,8 +80,9 @@ keys: docs/configuration.md""",
     set_up_logging()
     try:
         recipe = load_recipe(arguments.config, arguments.overrides, distributed.environment_world_size())
-        device = distributed.start()
+        device = distributed.start(recipe.collective_timeout_minutes)
         set_up_logging()
+        peers.watch(60 * recipe.collective_timeout_minutes, logger.error)
         if arguments.estimate:
             from ssl_platform.estimate import estimate
 
@@ -91,9 +97,22 @@ keys: docs/configuration.md""",
     except (
         ConfigError, checkpoint.CheckpointError, run_lock.RunLocked, TrainingStopped, BadSampleError, OSError
     ) as error:  # fmt: skip
+        peers.ends_with(error)
         logger.error("%s", error)
+        peers.leave(1)
         return 1
+    except BaseException as error:
+        if blame := peers.ends_with(error):
+            to_rank_log("%s", traceback.format_exc())
+            logger.error("%s", blame)
+            peers.leave(peers.LEFT_BEHIND)
+        to_rank_log("%s", traceback.format_exc(), error=True)
+        if distributed.world_size() > 1:
+            sys.stderr.write(traceback.format_exc())
+        peers.leave(1)
+        raise
     finally:
+        peers.stop()
         distributed.stop()
     return 0
 
@@ -128,6 +147,9 @@ def train(recipe: Recipe, device: torch.device) -> None:
     started_from: list[Report] = []  # a resumed run has its weights in the checkpoint, and reads no `init` again
     fill = None if found else partial(initialise, recipe.networks, started_from)
     parts = build(recipe, modality, len(index), device, statistics, fill)
+    rank_log = open_rank_log(recipe.run_dir)
+    if distributed.world_size() > 1:
+        peers.dump_stacks_to(rank_log)
     step = resume(found, parts)
     if distributed.rank() == 0:
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
@@ -146,6 +168,7 @@ def train(recipe: Recipe, device: torch.device) -> None:
         context = StageContext(
             parts.student_teacher, modality, index, device, recipe.seed, stage.name, stage.repetition, folder
         )
+        peers.begin(step + 1, f"preparing stage {stage.name}")
         prepared = begin_stage(stage, context, resumed=step > stage.begin)
         with closing(stage_batches(stage, recipe, index, order, modality, step, prepared)) as batches:
             step, stopping = run_stage(run, stage, batches, step)
@@ -153,6 +176,7 @@ def train(recipe: Recipe, device: torch.device) -> None:
             name = run.stop.name or "a signal to another rank"
             logger.info("stopped by %s after step %d; the same command goes on from there", name, step)
             break
+    peers.begin(step, "finishing")
     run.stop.restore()
     metrics.close()
 

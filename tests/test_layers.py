@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     {"config", "distributed", "location", "optional", "plain_yaml"},
-    {"log", "optim", "views", "patch_embed", "progress"},
+    {"log", "optim", "views", "patch_embed", "progress", "peers", "stragglers"},
     {"masks", "backbones", "heads", "checkpoint", "run_lock"},
     {"modalities"},
     {"objectives", "data"},

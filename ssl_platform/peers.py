@@ -1,0 +1,203 @@
+"""Where every rank of the run is, so that a collective which fails can say who did not come to it.
+
+Each rank marks in `at` what it is about to do: a counter and a word, nothing that waits. A thread tells the rendezvous
+store of it twice a second, and ends the process when the loop stands still for longer than a collective may take: a rank
+that hangs in Python, or in NCCL, which would be ended without a word.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any, Literal, NamedTuple
+
+import torch.distributed as dist
+
+from ssl_platform import distributed
+
+LEFT_BEHIND = 3
+"""The exit code of a rank that ends because of another one."""
+BEAT_SECONDS = 0.5
+SILENT_SECONDS = 4 * BEAT_SECONDS
+"""A rank that does not tell of itself for so long is gone."""
+STORE_SECONDS = 5.0
+
+
+class Place(NamedTuple):
+    """What a rank is doing; all ranks go through the same places in the same order."""
+
+    number: int
+    """Counts the places."""
+    step: int
+    """Counted from 1, as metrics and checkpoints are; 0 = before the first."""
+    doing: str
+    since: float
+    limited: bool
+    """Whether it may take no longer than a collective."""
+
+
+_place = Place(0, 0, "starting", time.monotonic(), False)
+_watch: "_Watch | None" = None
+
+
+_slow_step = 1
+
+
+def at(step: int, doing: str) -> None:
+    """Marks what this rank does next; `step` counts from 1. Cheap: it is called several times a step."""
+    global _place
+    _place = Place(_place.number + 1, step, doing, time.monotonic(), step != _slow_step)
+
+
+def begin(step: int, doing: str) -> None:
+    """Marks what may take as long as it likes, as may the step after it, `step`, which compiles and fills queues."""
+    global _slow_step
+    _slow_step = step
+    at(step, doing)
+
+
+def watch(timeout_seconds: float, tell: Callable[[str], None]) -> None:
+    """Begins to tell the other ranks of this one and to look after it; nothing for one process alone.
+
+    `tell` is given the one line that a run ends with; it must not wait.
+    """
+    global _watch
+    if (store := distributed.store()) is not None:
+        _watch = _Watch(store, timeout_seconds, tell)
+
+
+def ends_with(error: BaseException) -> str:
+    """Tells the other ranks that this one ends by `error`; one line that says who is to blame if it was another, else ""."""
+    if _watch is None:
+        return ""
+    _watch.ending = True
+    if not is_of_a_collective(error):
+        _watch.beat()
+        _watch.post("ended", f"{type(error).__name__}: {error}".splitlines()[0][:300])
+        _watch.store.set("failure", str(_watch.rank))
+        return ""
+    late = "timed out" in str(error).lower() or "timeout" in str(error).lower()
+    return _watch.account("timed out" if late else "lost its connection")
+
+
+def is_of_a_collective(error: BaseException) -> bool:
+    """Whether the network between ranks failed: gloo raises plain RuntimeErrors."""
+    words = ("gloo", "pair closure", "Connection closed by peer", "NCCL")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def stop() -> None:
+    """The run is over: no more is told."""
+    global _watch
+    if _watch is not None:
+        _watch.over.set()
+        _watch = None
+
+
+def leave(code: int) -> None:
+    """Ends a process whose group is broken, in which an orderly end would wait for ranks that are gone."""
+    if _watch is None:
+        return
+    if distributed.rank() == 0:
+        time.sleep(2 * SILENT_SECONDS)  # it holds the store, which the others still ask
+    sys.stdout.flush()
+    os._exit(code)
+
+
+class _Watch:
+    def __init__(self, store: Any, timeout_seconds: float, tell: Callable[[str], None]) -> None:
+        self.store, self.timeout, self.tell = store, timeout_seconds, tell
+        self.rank, self.size = distributed.rank(), distributed.world_size()
+        self.accounting = threading.Lock()
+        self.beats = 0
+        self.ending = False
+        """Whether the loop has failed, so that its own thread says why."""
+        self.over = threading.Event()
+        self.beat()
+        threading.Thread(target=self._watch, name="peers", daemon=True).start()
+
+    def _watch(self) -> None:
+        failure = False
+        while not self.over.wait(BEAT_SECONDS):
+            seen = failure  # in the beat before: by now this rank, too, has had the time to say what it knows
+            with suppress(RuntimeError):  # rank 0 is gone with the store; the next collective says so
+                self.beat()
+                failure = self.store.check(["failure"])
+            place = _place
+            late = place.limited and time.monotonic() - place.since > self.timeout
+            if (late or seen) and not self.ending:
+                self.tell(self.account("timed out" if late else "left behind"))
+                faulthandler.dump_traceback(file=_stacks or 2)
+                leave(LEFT_BEHIND)
+
+    def beat(self) -> None:
+        self.beats += 1
+        place = _place
+        self.post("place", [self.beats, place.number, place.step, place.doing, time.monotonic() - place.since])
+
+    def post(self, name: str, item: Any) -> None:
+        self.store.set(f"{name}/{self.rank}", json.dumps(item))
+
+    def read(self, name: str) -> dict[int, Any]:
+        """What each rank has posted under a name."""
+        ranks = [rank for rank in range(self.size) if self.store.check([f"{name}/{rank}"])]
+        return {rank: json.loads(self.store.get(f"{name}/{rank}")) for rank in ranks}
+
+    def account(self, fate: Literal["timed out", "lost its connection", "left behind"]) -> str:
+        """Says, once, where this rank was, and which other one is missing."""
+        self.accounting.acquire()  # for good: the process ends
+        place = _place
+        waited = f"for {time.monotonic() - place.since:.0f} s (collective_timeout_minutes={self.timeout / 60:.3g})"
+        happened = f"waited in vain {waited}" if fate == "timed out" else f"was {fate}" if fate[:4] == "left" else fate
+        return f"step {place.step}, {place.doing}: rank {self.rank} {happened}; {self.missing()}"
+
+    def missing(self) -> str:
+        """Which ranks did not arrive, as far as the store tells."""
+        try:
+            before = self.read("place")
+            if not self.read("ended"):
+                time.sleep(SILENT_SECONDS)
+            after, ended = self.read("place"), self.read("ended")
+        except RuntimeError:
+            return "rank 0, which holds the rendezvous, is gone: its log or its machine's may say why"
+        ended.pop(self.rank, None)
+        if ended:
+            return ", ".join(
+                f"rank {rank} ended at {_said(after.get(rank), False)}: {ended[rank]}" for rank in _few(ended)
+            )
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        silent = [rank for rank in others if before.get(rank) == after.get(rank)]
+        if silent:
+            where = ", ".join(f"rank {rank}, last seen at {_said(after.get(rank))}" for rank in _few(silent))
+            return f"no sign of life from {where}: killed, stopped, or its machine is out of reach"
+        furthest = max(item[1] for item in after.values())
+        behind = [rank for rank in sorted(after) if after[rank][1] < furthest]
+        if behind:
+            return ", ".join(f"rank {rank} did not arrive: it is at {_said(after[rank])}" for rank in _few(behind))
+        return "every rank is alive and at the same place: is the network between them at fault, or the time too short?"
+
+
+_stacks: Any = None
+
+
+def dump_stacks_to(file: Any) -> None:
+    """Where the stacks of a process that hangs or crashes are written."""
+    global _stacks
+    _stacks = file
+    faulthandler.enable(file)
+
+
+def _said(place: Any, how_long: bool = True) -> str:
+    if not place:
+        return "the start"
+    return f"step {place[2]}, {place[3]}" + (f", for {place[4]:.0f} s" if how_long else "")
+
+
+def _few(ranks: Any) -> list[int]:
+    return sorted(ranks)[:4]
