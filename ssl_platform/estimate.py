@@ -1,8 +1,10 @@
 """`ssl-train CONFIG --estimate`: what a run will take, measured by its first steps on random views."""
 
 import time
+from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from ssl_platform import distributed
 from ssl_platform.data.mixture import summary
@@ -51,8 +53,10 @@ def estimate(recipe: Recipe, device: torch.device) -> str:
     return "".join([f"{name:<{width}}  {text}\n" for name, text in lines.items()] + [f"{line}\n" for line in mixture])
 
 
-def random_batch(modality: Modality, masks: dict[str, Masks], size: int) -> Batch:
-    """Noise of the shapes that the modality promises, with masks drawn as in a run."""
+def random_batch(
+    modality: Modality, masks: dict[str, Masks], size: int, make: Callable[..., Tensor] = torch.randn
+) -> Batch:
+    """Noise of the shapes that the modality promises, with masks drawn as in a run; `make` makes the views."""
     groups, first_source = {}, 0
     for name, spec in modality.groups.items():
         drawn = {
@@ -61,7 +65,7 @@ def random_batch(modality: Modality, masks: dict[str, Masks], size: int) -> Batc
             if rule.group == name
         }
         source = torch.arange(first_source, first_source + spec.num_views)
-        groups[name] = ViewGroup(torch.randn(spec.num_views, size, *spec.shape), source, drawn)
+        groups[name] = ViewGroup(make(spec.num_views, size, *spec.shape), source, drawn)
         first_source += spec.num_views
     ids = torch.arange(size)
     return Batch(groups, [str(i) for i in range(size)], ids, ids, 0)

@@ -1,0 +1,212 @@
+"""A training step without numbers: the run's own code on tensors that have shapes but no memory.
+
+What it gives follows the code of networks, heads and objectives whatever they are, in seconds for a model of any size.
+"""
+
+import weakref
+from contextlib import ExitStack
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from ssl_platform.flops import Counted, countable
+from ssl_platform.modalities import Modality
+from ssl_platform.objectives import Objective
+from ssl_platform.objectives._targets import Centering, Sinkhorn
+from ssl_platform.objectives.koleo import Koleo
+from ssl_platform.recipe import Recipe, build_student_teacher
+from ssl_platform.student_teacher import StudentTeacher
+from ssl_platform.views import Batch
+
+aten = torch.ops.aten
+
+
+class StepFacts(NamedTuple):
+    """One micro-batch, forward and backward, of one process; bytes unless the name says otherwise."""
+
+    flops: int
+    """Operations of matrix products, forward and backward; what checkpointing computes again does not count."""
+    flops_by_part: dict[str, int]
+    """{network or head of a network: operations}; empty for networks without a formula."""
+    trained: int
+    """Parameters with gradients, a number."""
+    trained_bytes: int
+    followers_bytes: int
+    """Networks and heads that are not trained."""
+    state_bytes: int
+    """Buffers: centers, running statistics."""
+    batch_bytes: int
+    activations_bytes: int
+    """The most that was alive at once besides weights, gradients and the batch."""
+    largest_unit_bytes: int
+    """The largest block or head: what sharding has to gather as a whole."""
+    reduced_bytes: int
+    """What objectives sum over processes (centers, Sinkhorn), each once."""
+    gathered_bytes: int
+    """What objectives gather from each process (KoLeo with scope: global)."""
+    model_tensors: dict[str, int]
+    """{name in the checkpoint: bytes}."""
+    optimizer_tensors: dict[str, int]
+
+
+class _Watch(TorchDispatchMode):
+    """Adds up the storages that are alive, and lets masks with values choose from tensors without."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.peak = 0, 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
+            args = (args[0], _positions(args[1]), *args[2:])
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, FakeTensor):
+                self.add(tensor)
+        return result
+
+    def add(self, tensor: Tensor) -> None:
+        """Counts the tensor's storage until it is freed."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.alive += self._sizes[key]
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._forget, key)
+
+    def ignore(self, tensor: Tensor | None) -> None:
+        """Counts the tensor's storage no longer: weights, gradients and the batch are counted apart."""
+        assert tensor is not None
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._sizes:
+            self.alive -= self._sizes[storage._cdata]
+        else:
+            weakref.finalize(storage, self._forget, storage._cdata)
+        self._sizes[storage._cdata] = 0
+
+    def _forget(self, key: int) -> None:
+        self.alive -= self._sizes.pop(key)
+
+
+def dry_step(recipe: Recipe, modality: Modality, batch: Batch, *, checkpointing: bool = False) -> StepFacts:
+    """One micro-batch of `recipe` on the shapes of `batch`, whose masks must be real; leaves random numbers alone.
+
+    `checkpointing`: blocks keep their input only and are computed again for the gradient (networks with `blocks`).
+    """
+    before = torch.get_rng_state()
+    try:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        with fake:
+            model = build_student_teacher(recipe, modality, 1, torch.device("cpu"))
+            views = {name: torch.empty(group.views.shape) for name, group in batch.groups.items()}
+        groups = {name: group._replace(views=views[name]) for name, group in batch.groups.items()}
+        if checkpointing:
+            _checkpoint_blocks(model)
+        flops, parts, activations = _run(model, recipe, batch._replace(groups=groups))
+    finally:
+        torch.set_rng_state(before)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    reduced, gathered = _collectives(model, batch)
+    return StepFacts(
+        flops=flops,
+        flops_by_part=parts,
+        trained=sum(p.numel() for _, p in trained),
+        trained_bytes=sum(p.nbytes for _, p in trained),
+        followers_bytes=sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        state_bytes=sum(buffer.nbytes for buffer in model.buffers()),
+        batch_bytes=sum(group.views.nbytes + sum(m.nbytes for m in group.masks.values()) for group in groups.values()),
+        activations_bytes=activations,
+        largest_unit_bytes=max(sum(p.nbytes for p in unit.parameters()) for unit in _units(model)),
+        reduced_bytes=reduced,
+        gathered_bytes=gathered,
+        model_tensors={name: tensor.nbytes for name, tensor in model.state_dict().items()},
+        optimizer_tensors={
+            f"{name}/{state}": 4 if state == "step" else p.nbytes
+            for name, p in trained
+            for state in (("step", "exp_avg", "exp_avg_sq") if recipe.optim.name == "adamw" else ("momentum_buffer",))
+        },
+    )
+
+
+def _run(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, dict[str, int], int]:
+    """(operations, those of each part, the most bytes alive) of the forward and backward pass."""
+    watch, hooks = _Watch(), []
+    for parameter in model.parameters():
+        watch.ignore(parameter)
+        if parameter.requires_grad:
+            hooks.append(parameter.register_post_accumulate_grad_hook(lambda p: watch.ignore(p.grad)))
+    for tensor in chain(model.buffers(), (group.views for group in batch.groups.values())):
+        watch.ignore(tensor)
+    counted = Counted(model) if countable(model) else None
+    # Twice the forward for the backward, as the formula has it; kernels that compute the scores again do more.
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: 2 * _attention_flops(*shapes[1:]),
+    }
+    counter = None if counted else FlopCounterMode(display=False, custom_mapping=mapping)
+    with ExitStack() as stack:
+        for context in (counted, counter, watch):
+            if context is not None:
+                stack.enter_context(context)
+        model(batch, 0, list(recipe.objectives)).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    if counted:
+        return counted.total, counted.parts, watch.peak
+    assert counter is not None
+    return counter.get_total_flops(), {}, watch.peak
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+def _positions(indices: Any) -> list[Any]:
+    """Masks as the positions that they choose, which tensors without values can be indexed by."""
+    found: list[Any] = []
+    for index in indices:
+        is_mask = isinstance(index, Tensor) and not isinstance(index, FakeTensor) and index.dtype == torch.bool
+        found += index.nonzero(as_tuple=True) if is_mask else [index]
+    return found
+
+
+def _checkpoint_blocks(model: StudentTeacher) -> None:
+    for name, network in model.networks.items():
+        if model.roles[name].update == "grad":
+            for block in getattr(network, "blocks", ()):
+                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def _units(model: StudentTeacher) -> list[nn.Module]:
+    """Blocks of networks that have some, other networks whole, and heads."""
+    networks = [list(getattr(network, "blocks", ())) or [network] for network in model.networks.values()]
+    return [*chain(*networks), *(head for copies in model.heads.values() for head in copies.children())]  # type: ignore[operator]
+
+
+def _collectives(model: StudentTeacher, batch: Batch) -> tuple[int, int]:
+    """Bytes that the objectives of this package sum over processes and gather, in one micro-batch."""
+    reduced = gathered = 0
+    for objective in model.objectives.values():
+        assert isinstance(objective, Objective)
+        targets = getattr(objective, "targets", None)
+        if isinstance(targets, Centering):
+            reduced += targets.center.nbytes + 4
+        elif isinstance(targets, Sinkhorn):
+            head = model.heads[objective.head][objective.teacher.network]  # type: ignore[index, union-attr]
+            reduced += 4 * (head.num_prototypes * (1 + targets.iterations) + 1)
+        if isinstance(objective, Koleo) and objective.everywhere:
+            dim = model.networks[objective.student.network].embed_dim
+            group = batch.groups[objective.student.group]
+            versions = group.masks[objective.student.masks].shape[1] if objective.student.masks else 1
+            gathered += 4 * len(group.source) * versions * len(batch.keys) * dim  # type: ignore[operator]
+    return reduced, gathered
