@@ -5,6 +5,7 @@ What it gives follows the code of networks, heads and objectives whatever they a
 
 import weakref
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple
@@ -54,6 +55,13 @@ class StepFacts(NamedTuple):
     model_tensors: dict[str, int]
     """{name in the checkpoint: bytes}."""
     optimizer_tensors: dict[str, int]
+
+
+class _AllZero(TorchDispatchMode):
+    """Initialisation asks whether a number is out of bounds and draws again: it never is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return 0 if func is aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
 
 
 class _Watch(TorchDispatchMode):
@@ -106,13 +114,11 @@ def dry_step(recipe: Recipe, modality: Modality, batch: Batch, *, checkpointing:
     before = torch.get_rng_state()
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
-        with fake:
-            model = build_student_teacher(recipe, modality, 1, torch.device("cpu"))
-            views = {name: torch.empty(group.views.shape) for name, group in batch.groups.items()}
-        groups = {name: group._replace(views=views[name]) for name, group in batch.groups.items()}
+        model = _model(recipe, modality, fake)
+        groups = {name: replace(group, views=_shaped(group.views, fake)) for name, group in batch.groups.items()}
         if checkpointing:
             _checkpoint_blocks(model)
-        flops, parts, activations = _run(model, recipe, batch._replace(groups=groups))
+        flops, parts, activations = _run(model, recipe, replace(batch, groups=groups))
     finally:
         torch.set_rng_state(before)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -136,6 +142,26 @@ def dry_step(recipe: Recipe, modality: Modality, batch: Batch, *, checkpointing:
             for state in (("step", "exp_avg", "exp_avg_sq") if recipe.optim.name == "adamw" else ("momentum_buffer",))
         },
     )
+
+
+def _model(recipe: Recipe, modality: Modality, fake: FakeTensorMode) -> StudentTeacher:
+    """The model, every weight of which has a shape and nothing else, as if it were on the CPU."""
+    meta = torch.device("meta")
+    with meta, _AllZero():
+        model = build_student_teacher(recipe.model_copy(update={"precision": "fp32"}), modality, 1, meta)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(_shaped(parameter.detach(), fake), parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, _shaped(buffer, fake))
+    if recipe.precision == "bf16":
+        model.mix_precision("cpu", torch.bfloat16)
+    return model
+
+
+def _shaped(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
+    with fake:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
 def _run(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, dict[str, int], int]:
