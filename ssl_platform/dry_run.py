@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from ssl_platform.costs import safetensors_bytes
 from ssl_platform.flops import Counted, countable
 from ssl_platform.modalities import Modality
 from ssl_platform.objectives import Objective
@@ -52,9 +53,10 @@ class StepFacts(NamedTuple):
     """What objectives sum over processes (centers, Sinkhorn), each once."""
     gathered_bytes: int
     """What objectives gather from each process (KoLeo with scope: global)."""
-    model_tensors: dict[str, int]
-    """{name in the checkpoint: bytes}."""
-    optimizer_tensors: dict[str, int]
+    moments_bytes: int
+    """The optimiser's state."""
+    checkpoint_bytes: int
+    """Model and optimiser as they are saved."""
 
 
 class _AllZero(TorchDispatchMode):
@@ -123,6 +125,13 @@ def dry_step(recipe: Recipe, modality: Modality, batch: Batch, *, checkpointing:
         torch.set_rng_state(before)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     reduced, gathered = _collectives(model, batch)
+    saved = {name: (tensor.nbytes, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    states = ("step", "exp_avg", "exp_avg_sq") if recipe.optim.name == "adamw" else ("momentum_buffer",)
+    moments = {
+        f"{name}/{state}": (4, ()) if state == "step" else (p.nbytes, tuple(p.shape))
+        for name, p in trained
+        for state in states
+    }
     return StepFacts(
         flops=flops,
         flops_by_part=parts,
@@ -135,12 +144,8 @@ def dry_step(recipe: Recipe, modality: Modality, batch: Batch, *, checkpointing:
         largest_unit_bytes=max(sum(p.nbytes for p in unit.parameters()) for unit in _units(model)),
         reduced_bytes=reduced,
         gathered_bytes=gathered,
-        model_tensors={name: tensor.nbytes for name, tensor in model.state_dict().items()},
-        optimizer_tensors={
-            f"{name}/{state}": 4 if state == "step" else p.nbytes
-            for name, p in trained
-            for state in (("step", "exp_avg", "exp_avg_sq") if recipe.optim.name == "adamw" else ("momentum_buffer",))
-        },
+        moments_bytes=sum(size for size, _ in moments.values()),
+        checkpoint_bytes=sum(safetensors_bytes(*_sizes_and_shapes(each)) for each in (saved, moments)),
     )
 
 
@@ -164,6 +169,12 @@ def _shaped(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
         return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
 
 
+def _sizes_and_shapes(
+    tensors: dict[str, tuple[int, tuple[int, ...]]],
+) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
+    return {name: size for name, (size, _) in tensors.items()}, {name: shape for name, (_, shape) in tensors.items()}
+
+
 def _run(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, dict[str, int], int]:
     """(operations, those of each part, the most bytes alive) of the forward and backward pass."""
     watch, hooks = _Watch(), []
@@ -177,7 +188,9 @@ def _run(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, dict
     # Twice the forward for the backward, as the formula has it; kernels that compute the scores again do more.
     mapping = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: 2 * _attention_flops(*shapes[1:]),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: (
+            2 * _attention_flops(*shapes[1:])
+        ),
     }
     counter = None if counted else FlopCounterMode(display=False, custom_mapping=mapping)
     with ExitStack() as stack:

@@ -1,13 +1,18 @@
-"""`ssl-train CONFIG --estimate`: what a run will take, measured by its first steps on random views."""
+"""`ssl-train CONFIG --estimate`: what a run will take, measured by its first steps on random views.
+
+With `gpus=64` it is calculated for other hardware instead, without the memory that the run will need.
+"""
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ssl_platform import distributed
+from ssl_platform import costs, distributed
 from ssl_platform.data.mixture import summary
+from ssl_platform.dry_run import StepFacts, dry_step
 from ssl_platform.masks import Masks
 from ssl_platform.modalities import Modality
 from ssl_platform.progress import duration, peak_memory
@@ -17,6 +22,8 @@ from ssl_platform.step import build, train_step
 from ssl_platform.views import Batch, ViewGroup
 
 MEASURED_STEPS = 3
+MEMORY_ERROR = "@@"
+"""`python benchmarks/scaling.py --memory`, docs/scaling.md."""
 
 
 def estimate(recipe: Recipe, device: torch.device) -> str:
@@ -51,6 +58,105 @@ def estimate(recipe: Recipe, device: torch.device) -> str:
     width = max(map(len, lines))
     mixture = summary(recipe.data.sources, order, samples) if recipe.data.sources else []
     return "".join([f"{name:<{width}}  {text}\n" for name, text in lines.items()] + [f"{line}\n" for line in mixture])
+
+
+# -- calculated --------------------------------------------------------------------------------------------------------
+
+
+def calculated(recipe: Recipe, assumed: costs.Assumptions) -> str:
+    """A report for hardware that need not be here. Reads the shards' index, no sample; writes and allocates nothing."""
+    index = open_index(recipe)
+    facts = calculate(recipe, build_modality(recipe, index.statistics), assumed.gpus)
+    checkpointed = calculate(recipe, build_modality(recipe, index.statistics), assumed.gpus, checkpointing=True)
+    sample_bytes = float((index.stops - index.starts).mean())
+    return costs_report(recipe, assumed, facts, checkpointed, sample_bytes)
+
+
+def calculate(recipe: Recipe, modality: Modality, gpus: int, *, checkpointing: bool = False) -> StepFacts:
+    """One micro-batch of one of `gpus` processes."""
+    masks = {name: config.build() for name, config in recipe.masks.items()}
+    size = recipe.batch_size // (gpus * recipe.accumulate)
+    batch = random_batch(modality, masks, size, partial(torch.empty, device="meta"))
+    return dry_step(recipe, modality, batch, checkpointing=checkpointing)
+
+
+def memories(facts: StepFacts, checkpointed: StepFacts, gpus: int) -> dict[str, costs.Memory]:
+    """{way to distribute: bytes on each GPU}."""
+    return {
+        f"{way}{suffix}": costs.memory(
+            trained=each.trained_bytes,
+            moments=each.moments_bytes,
+            followers=each.followers_bytes,
+            state=each.state_bytes,
+            batch=each.batch_bytes,
+            activations=each.activations_bytes,
+            largest_unit=each.largest_unit_bytes,
+            shards=shards,
+        )
+        for way, shards in {"one copy a GPU": 1, **({"FSDP2": gpus} if gpus > 1 else {})}.items()
+        for suffix, each in (("", facts), (", blocks recomputed", checkpointed))
+    }
+
+
+def traffics(recipe: Recipe, facts: StepFacts, gpus: int) -> dict[str, costs.Traffic]:
+    """{way to distribute: bytes that each GPU sends in a step}."""
+    shared = {
+        "trained": facts.trained_bytes,
+        "reduced": facts.reduced_bytes,
+        "gathered": facts.gathered_bytes,
+        "accumulate": recipe.accumulate,
+        "gpus": gpus,
+    }
+    share = 0.5 if recipe.precision == "bf16" else 1.0
+    return {
+        "DDP": costs.ddp_traffic(**shared),
+        "FSDP2": costs.fsdp_traffic(**shared, followers=facts.followers_bytes, gather_share=share),
+    }
+
+
+def costs_report(
+    recipe: Recipe, assumed: costs.Assumptions, facts: StepFacts, checkpointed: StepFacts, sample_bytes: float
+) -> str:
+    """The report's text: what is exact, what is calculated, what is assumed."""
+    gpu, size = costs.GPUS[assumed.gpu], recipe.batch_size // (assumed.gpus * recipe.accumulate)
+    flops = facts.flops * recipe.accumulate
+    peak = gpu.bf16 if recipe.precision == "bf16" else gpu.fp32
+    sent = traffics(recipe, facts, assumed.gpus)
+    times = {
+        way: costs.step_time(flops=flops, peak=peak, mfu=assumed.mfu, sent=each.total, link=assumed.link)
+        for way, each in sent.items()
+    }
+    seconds = times["DDP"].computing
+    samples = recipe.batch_size / seconds
+    run = seconds * recipe.steps
+    lines = {
+        "hardware": f"{assumed.gpus:,} x {assumed.gpu}, {size} samples each x accumulate {recipe.accumulate}, "
+        f"{recipe.precision}",
+        "parameters": f"{facts.trained / 1e6:.1f} M trained",
+        "FLOPs": f"{flops * assumed.gpus / 1e12:,.1f} T a step, {facts.flops / size / 1e9:,.1f} G a sample (matrix products)",
+    }
+    lines |= {f"  {part}": f"{value / size / 1e9:,.1f} G a sample" for part, value in facts.flops_by_part.items()}
+    for way, each in memories(facts, checkpointed, assumed.gpus).items():
+        fits = "fits" if each.total < gpu.memory else "DOES NOT FIT"
+        parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in each._asdict().items() if value)
+        lines[f"memory, {way}"] = f"{each.total / 1e9:.1f} GB of {gpu.memory / 1e9:.0f}: {fits} ({parts})"
+    lines["memory's error"] = MEMORY_ERROR
+    for way, traffic in sent.items() if assumed.gpus > 1 else ():
+        lines[f"sent, {way}"] = (
+            f"{traffic.total / 1e9:.3f} GB a step and GPU (gradients {traffic.gradients / 1e9:.3f}, weights "
+            f"{traffic.weights / 1e9:.3f}, objectives {traffic.objectives / 1e9:.4f}): {times[way].share:.0%} of a step "
+            f"at {assumed.link / 1e9:.0f} GB/s if nothing overlaps"
+        )
+    lines |= {
+        "checkpoint": f"{facts.checkpoint_bytes / 1e9:.2f} GB each, {facts.checkpoint_bytes / assumed.disk / 1e9:.0f} s at "
+        f"{assumed.disk:g} GB/s (assumed), {recipe.keep_last} kept",
+        "data": f"{samples:,.0f} samples/s, {samples * sample_bytes / 1e6:,.0f} MB/s at {sample_bytes / 1e3:,.1f} kB a "
+        f"sample; {samples / assumed.gpus / assumed.loader:.1f} workers a GPU at {assumed.loader:g} samples/s each",
+        "time": f"{duration(run)} = {recipe.steps:,} steps x {seconds:.2f} s, {run * assumed.gpus / 3600:,.1f} GPU hours, "
+        f"if {assumed.mfu:.0%} of the peak ({peak / 1e12:.0f} TFLOP/s) are reached (assumed) and sending is hidden",
+    }
+    width = max(map(len, lines))
+    return "".join(f"{name:<{width}}  {text}\n" for name, text in lines.items())
 
 
 def random_batch(
