@@ -59,18 +59,18 @@ class StepFacts(NamedTuple):
     """Model and optimiser as they are saved."""
 
 
-class _AllZero(TorchDispatchMode):
+class _AllZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Initialisation asks whether a number is out of bounds and draws again: it never is."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return 0 if func is aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that are alive, and lets masks with values choose from tensors without."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.alive, self.peak = 0, 0
         self._sizes: dict[int, int] = {}
 
@@ -152,7 +152,7 @@ def dry_step(recipe: Recipe, modality: Modality, batch: Batch, *, checkpointing:
 def _model(recipe: Recipe, modality: Modality, fake: FakeTensorMode) -> StudentTeacher:
     """The model, every weight of which has a shape and nothing else, as if it were on the CPU."""
     meta = torch.device("meta")
-    with meta, _AllZero():
+    with meta, _AllZero():  # type: ignore[no-untyped-call]
         model = build_student_teacher(recipe.model_copy(update={"precision": "fp32"}), modality, 1, meta)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -181,7 +181,8 @@ def _run(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, dict
     for parameter in model.parameters():
         watch.ignore(parameter)
         if parameter.requires_grad:
-            hooks.append(parameter.register_post_accumulate_grad_hook(lambda p: watch.ignore(p.grad)))
+            hook = parameter.register_post_accumulate_grad_hook(lambda p: watch.ignore(p.grad))  # type: ignore[no-untyped-call]
+            hooks.append(hook)
     for tensor in chain(model.buffers(), (group.views for group in batch.groups.values())):
         watch.ignore(tensor)
     counted = Counted(model) if countable(model) else None
@@ -207,7 +208,7 @@ def _run(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, dict
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def _positions(indices: Any) -> list[Any]:

@@ -132,31 +132,40 @@ def costs_report(
     lines = {
         "hardware": f"{assumed.gpus:,} x {assumed.gpu}, {size} samples each x accumulate {recipe.accumulate}, "
         f"{recipe.precision}",
-        "parameters": f"{facts.trained / 1e6:.1f} M trained",
-        "FLOPs": f"{flops * assumed.gpus / 1e12:,.1f} T a step, {facts.flops / size / 1e9:,.1f} G a sample (matrix products)",
+        "parameters": f"{facts.trained:,} trained",
+        "FLOPs": f"{readable(flops * assumed.gpus, 'FLOP')} a step, {readable(facts.flops / size, 'FLOP')} a sample "
+        "(matrix products, forward and backward)",
     }
-    lines |= {f"  {part}": f"{value / size / 1e9:,.1f} G a sample" for part, value in facts.flops_by_part.items()}
+    lines |= {f"  {part}": f"{readable(value / size, 'FLOP')} a sample" for part, value in facts.flops_by_part.items()}
     for way, each in memories(facts, checkpointed, assumed.gpus).items():
         fits = "fits" if each.total < gpu.memory else "DOES NOT FIT"
-        parts = ", ".join(f"{name} {value / 1e9:.2f}" for name, value in each._asdict().items() if value)
-        lines[f"memory, {way}"] = f"{each.total / 1e9:.1f} GB of {gpu.memory / 1e9:.0f}: {fits} ({parts})"
+        parts = ", ".join(f"{name} {readable(value, 'B')}" for name, value in each._asdict().items() if value)
+        lines[f"memory, {way}"] = f"{readable(each.total, 'B')} of {readable(gpu.memory, 'B')}: {fits} ({parts})"
     lines["memory's error"] = MEMORY_ERROR
     for way, traffic in sent.items() if assumed.gpus > 1 else ():
         lines[f"sent, {way}"] = (
-            f"{traffic.total / 1e9:.3f} GB a step and GPU (gradients {traffic.gradients / 1e9:.3f}, weights "
-            f"{traffic.weights / 1e9:.3f}, objectives {traffic.objectives / 1e9:.4f}): {times[way].share:.0%} of a step "
+            f"{readable(traffic.total, 'B')} a step and GPU (gradients {readable(traffic.gradients, 'B')}, weights "
+            f"{readable(traffic.weights, 'B')}, objectives {readable(traffic.objectives, 'B')}): {times[way].share:.0%} of a step "
             f"at {assumed.link / 1e9:.0f} GB/s if nothing overlaps"
         )
     lines |= {
-        "checkpoint": f"{facts.checkpoint_bytes / 1e9:.2f} GB each, {facts.checkpoint_bytes / assumed.disk / 1e9:.0f} s at "
+        "checkpoint": f"{readable(facts.checkpoint_bytes, 'B')} each, {facts.checkpoint_bytes / assumed.disk / 1e9:.0f} s at "
         f"{assumed.disk:g} GB/s (assumed), {recipe.keep_last} kept",
-        "data": f"{samples:,.0f} samples/s, {samples * sample_bytes / 1e6:,.0f} MB/s at {sample_bytes / 1e3:,.1f} kB a "
+        "data": f"{samples:,.0f} samples/s, {readable(samples * sample_bytes, 'B')}/s at {readable(sample_bytes, 'B')} a "
         f"sample; {samples / assumed.gpus / assumed.loader:.1f} workers a GPU at {assumed.loader:g} samples/s each",
-        "time": f"{duration(run)} = {recipe.steps:,} steps x {seconds:.2f} s, {run * assumed.gpus / 3600:,.1f} GPU hours, "
+        "time": f"{duration(run)} = {recipe.steps:,} steps x {seconds:.3g} s, {run * assumed.gpus / 3600:,.1f} GPU hours, "
         f"if {assumed.mfu:.0%} of the peak ({peak / 1e12:.0f} TFLOP/s) are reached (assumed) and sending is hidden",
     }
     width = max(map(len, lines))
     return "".join(f"{name:<{width}}  {text}\n" for name, text in lines.items())
+
+
+def readable(number: float, unit: str) -> str:
+    """With the prefix that leaves one to four digits: "3.05 GB", "12.4 TFLOP"."""
+    for prefix, factor in (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= factor and not (prefix == "P" and unit == "B"):
+            return f"{number / factor:,.4g} {prefix}{unit}"
+    return f"{number:.3g} {unit}"
 
 
 def random_batch(
