@@ -132,48 +132,72 @@ def run_rows(name: str, step: StepFacts) -> list[list[str]]:
 def page(measured: str) -> str:
     """The whole document; `measured` is the table of `--memory`, kept from when it was measured."""
     steps = {name: (facts(name), facts(name, checkpointing=True)) for name in MODELS}
+    mfu = f"{costs.Assumptions(gpus=1).mfu:.0%} MFU (assumed)"
+    plain = {name: step for name, (step, _) in steps.items()}
+    flops = table(
+        ["model", "trained", "a sample", *plain["ViT-S/16"].flops_by_part],
+        [flops_row(name, step) for name, step in plain.items()],
+    )
+    memory = table(
+        ["model", "GPUs", "total", "recomputed", "parts of the total"],
+        [row for name, pair in steps.items() for row in memory_rows(name, *pair)],
+    )
+    traffic = table(
+        ["model", "GPUs", "DDP", "share", "FSDP2", "share", "objectives"],
+        [row for name, step in plain.items() for row in traffic_rows(name, step)],
+    )
+    checkpoints = table(["model", "size", "time"], [checkpoint_row(name, step) for name, step in plain.items()])
+    runs = table(
+        ["model", "GPUs", "batch", "samples/s", "from shards", "workers a GPU", "step", "time", "GPU hours"],
+        [row for name, step in plain.items() for row in run_rows(name, step)],
+    )
     return f"""# Scaling
 
-Written by `python benchmarks/scaling.py --write` (`tests/test_costs.py` says when it no longer is); for your own run
-`ssl-train CONFIG --estimate gpus=64 gpu=h100_sxm mfu=.4`. {BATCH} samples a GPU, 2x224 + 8x96 crops (98 for patch 14),
-bf16, DINO + iBOT + KoLeo with one head of 65,536 prototypes, drop path .3, AdamW, H100 SXM. **Calculated from the run's own
-code on tensors without memory, not measured on a GPU**: no GPU has confirmed memory, times or shares.
+Written by `python benchmarks/scaling.py --write` (`tests/test_costs.py` tells when it is out of date). For your own run:
+`ssl-train CONFIG --estimate gpus=64 gpu=h100_sxm mfu=.4`. Here: {BATCH} samples a GPU, 2x224 + 8x96 crops (98 for patch 14),
+bf16, DINO + iBOT + KoLeo with one head of 65,536 prototypes, drop path .3, AdamW, H100 SXM. **Calculated with the run's
+own code on tensors without memory. Nothing on this page was measured on a GPU**: no memory, time or share.
 
 ## FLOPs
 
 Matrix products of a sample, forward and backward, equal to torch's own counter (`tests/test_costs.py`). Rows that drop
-path leaves out do not count, nor does what checkpointing computes again.
+path leaves out do not count, nor does what recomputing blocks adds.
 
-{table(["model", "trained", "a sample", *steps["ViT-S/16"][0].flops_by_part], [flops_row(name, step) for name, (step, _) in steps.items()])}
+{flops}
 ## Memory of a GPU
 
-In GB; the parts are weights with gradients and AdamW's moments, the teacher, activations, and blocks gathered from shards.
+The parts, in GB: weights with gradients and AdamW's moments; teacher; activations; blocks gathered from shards.
 "Recomputed": blocks keep their input only. Attention is torch's fused kernel, which keeps no N x N matrix.
+`ssl-train` copies the whole model to each GPU today; the rows of FSDP2 say what sharding over all GPUs would take.
 
-{table(["model", "GPUs", "total", "recomputed", "parts of the total"], [row for name, pair in steps.items() for row in memory_rows(name, *pair)])}
-The calculation against the peak of real steps on the CPU (`python benchmarks/scaling.py --memory`; fp32, 8,192 prototypes; the
-process's peak over what it held before the model was built). On CUDA it is not measured: the allocator's fragmentation,
-cuBLAS's workspaces and NCCL's buffers come on top.
+{memory}
+The calculation against the peak of real steps on the CPU (`python benchmarks/scaling.py --memory`; fp32, 8,192
+prototypes; the process's peak over what it held before the model was built). On CUDA the error is not known: the
+allocator's fragmentation and the buffers of cuBLAS and NCCL come on top.
 
 {measured}
 ## Traffic
 
 Bytes that a GPU sends in a step, on a ring, and their share of a step in which nothing overlaps with computing: 450 GB/s
-inside a machine of 8, 50 GB/s between machines (400 Gbit/s InfiniBand for each GPU), {costs.Assumptions(gpus=1).mfu:.0%} MFU (assumed). FSDP2 gathers in
-bf16 and scatters gradients in float32 over all GPUs. The last column is what centers take of either.
+inside a machine of 8, 50 GB/s between machines (400 Gbit/s InfiniBand for each GPU), {mfu}. FSDP2 gathers in
+bf16 and scatters gradients in float32 over all GPUs. The last column is what the objectives' centers take of either.
 
-{table(["model", "GPUs", "DDP", "share", "FSDP2", "share", "objectives"], [row for name, (step, _) in steps.items() for row in traffic_rows(name, step)])}
+{traffic}
 ## Checkpoints
 
-Exact to the byte but for `state.json` and `config.yaml`; the time is for 1 GB/s (assumed).
+`model.safetensors` and `optimizer.safetensors`, without the few kB beside them; the time is for 1 GB/s (assumed).
 
-{table(["model", "size", "time"], [[name, readable(step.checkpoint_bytes, "B"), f"{step.checkpoint_bytes / 1e9:.1f} s"] for name, (step, _) in steps.items()])}
+{checkpoints}
 ## Data and time
 
-125,000 steps at {costs.Assumptions(gpus=1).mfu:.0%} MFU (assumed) with all sending hidden. The shards must deliver {SAMPLE_BYTES // 1000} kB a sample; a worker makes 80
-samples/s (measured, docs/benchmarks.md, image).
+125,000 steps at {mfu} with all sending hidden. The shards must deliver {SAMPLE_BYTES // 1000} kB a sample; a worker makes
+80 samples/s (measured, [benchmarks.md](benchmarks.md#loader), image).
 
-{table(["model", "GPUs", "batch", "samples/s", "from shards", "workers a GPU", "step", "time", "GPU hours"], [row for name, (step, _) in steps.items() for row in run_rows(name, step)])}"""
+{runs}"""
+
+
+def checkpoint_row(name: str, step: StepFacts) -> list[str]:
+    return [name, readable(step.checkpoint_bytes, "B"), f"{step.checkpoint_bytes / 1e9:.1f} s"]
 
 
 # -- the calculation's error -------------------------------------------------------------------------------------------
@@ -190,16 +214,17 @@ def measured_bytes(name: str, batch_size: int) -> float:
     made = recipe(name, batch_size, precision="fp32", prototypes=8192)
     before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     modality = made.modality.build(None)
-    parts = build(made, modality, 1, torch.device("cpu"))
+    built = build(made, modality, 1, torch.device("cpu"))
     batch = random_batch(modality, {key: config.build() for key, config in made.masks.items()}, batch_size)
     for step in range(3):
-        train_step(parts, iter([batch]), step, list(made.objectives))
+        train_step(built, iter([batch]), step, list(made.objectives))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
 
 
-def memory_table() -> str:
+def memory_table(lines: Sequence[tuple[str, int]] = MEASURED) -> str:
+    """Calculated, measured and error of each (model, samples)."""
     rows = []
-    for name, size in MEASURED:
+    for name, size in lines:
         command = [sys.executable, __file__, "--one", name, str(size)]
         measured = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
         expected = calculated_bytes(name, size)

@@ -230,7 +230,7 @@ def _checkpoint_blocks(model: StudentTeacher) -> None:
 def _units(model: StudentTeacher) -> list[nn.Module]:
     """Blocks of networks that have some, other networks whole, and heads."""
     networks = [list(getattr(network, "blocks", ())) or [network] for network in model.networks.values()]
-    return [*chain(*networks), *(head for copies in model.heads.values() for head in copies.children())]  # type: ignore[operator]
+    return [*chain(*networks), *(head for copies in model.heads.values() for head in copies.children())]
 
 
 def _collectives(model: StudentTeacher, batch: Batch) -> tuple[int, int]:
@@ -246,7 +246,8 @@ def _collectives(model: StudentTeacher, batch: Batch) -> tuple[int, int]:
             reduced += 4 * (head.num_prototypes * (1 + targets.iterations) + 1)
         if isinstance(objective, Koleo) and objective.everywhere:
             dim = model.networks[objective.student.network].embed_dim
+            assert isinstance(dim, int)
             group = batch.groups[objective.student.group]
             versions = group.masks[objective.student.masks].shape[1] if objective.student.masks else 1
-            gathered += 4 * len(group.source) * versions * len(batch.keys) * dim  # type: ignore[operator]
+            gathered += 4 * len(group.source) * versions * len(batch.keys) * dim
     return reduced, gathered
