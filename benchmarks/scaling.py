@@ -123,7 +123,7 @@ def run_rows(name: str, step: StepFacts) -> list[list[str]]:
         rate = BATCH * gpus / seconds
         rows.append(
             [name, f"{gpus:,}", f"{BATCH * gpus:,}", f"{rate:,.0f}", readable(rate * SAMPLE_BYTES, "B") + "/s",
-             f"{rate / gpus / assumed.loader:.1f}", f"{seconds * 1e3:.0f} ms", f"{steps * BATCH / rate * gpus / 3600:,.1f} h",
+             f"{rate / gpus / assumed.loader:.1f}", f"{seconds * 1e3:.0f} ms", f"{steps * seconds / 3600:,.1f} h",
              f"{steps * seconds * gpus / 3600:,.0f}"]
         )  # fmt: skip
     return rows
@@ -161,7 +161,7 @@ own code on tensors without memory. Nothing on this page was measured on a GPU**
 ## FLOPs
 
 Matrix products of a sample, forward and backward, equal to torch's own counter (`tests/test_costs.py`). Rows that drop
-path leaves out do not count, nor does what recomputing blocks adds.
+path leaves out do not count. Recomputing blocks adds up to a third of the student's. The rest is KoLeo.
 
 {flops}
 ## Memory of a GPU

@@ -34,9 +34,12 @@ class StepFacts(NamedTuple):
     """One micro-batch, forward and backward, of one process; bytes unless the name says otherwise."""
 
     flops: int
-    """Operations of matrix products, forward and backward; what checkpointing computes again does not count."""
+    """Operations of matrix products, forward and backward, by torch's counter; what checkpointing recomputes too."""
     flops_by_part: dict[str, int]
-    """{network or head of a network: operations}; empty for networks without a formula."""
+    """{network or head of a network: operations}, and "rest": the objectives' own products and what is recomputed.
+
+    Empty for networks without a formula (`flops.countable`).
+    """
     trained: int
     """Parameters with gradients, a number."""
     trained_bytes: int
@@ -185,7 +188,6 @@ def _run(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, dict
             hooks.append(hook)
     for tensor in chain(model.buffers(), (group.views for group in batch.groups.values())):
         watch.ignore(tensor)
-    counted = Counted(model) if countable(model) else None
     # Twice the forward for the backward, as the formula has it; kernels that compute the scores again do more.
     mapping = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
@@ -193,18 +195,18 @@ def _run(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, dict
             2 * _attention_flops(*shapes[1:])
         ),
     }
-    counter = None if counted else FlopCounterMode(display=False, custom_mapping=mapping)
+    parts: dict[str, int] = {}
     with ExitStack() as stack:
-        for context in (counted, counter, watch):
-            if context is not None:
-                stack.enter_context(context)
+        counted = stack.enter_context(Counted(model)) if countable(model) else None
+        counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=mapping))
+        stack.enter_context(watch)
         model(batch, 0, list(recipe.objectives)).loss.backward()
     for hook in hooks:
         hook.remove()
+    total = counter.get_total_flops()
     if counted:
-        return counted.total, counted.parts, watch.peak
-    assert counter is not None
-    return counter.get_total_flops(), {}, watch.peak
+        parts = counted.parts | {"rest": total - counted.total}
+    return total, parts, watch.peak
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:

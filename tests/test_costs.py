@@ -66,14 +66,15 @@ def test_flops_equal_torchs_counter(changes: dict[str, Any]) -> None:
     assert sum(facts.flops_by_part.values()) in (facts.flops, 0)
 
 
-def test_recomputing_blocks_keeps_less_and_counts_as_much() -> None:
+def test_recomputing_blocks_keeps_less_and_computes_more() -> None:
     recipe = engine.recipe(modality=IMAGE, networks={"student": {"backbone": engine.VIT | {"depth": 8}}} | {
         "teacher": {"update": "ema", "of": "student"}
     })  # fmt: skip
     state = torch.get_rng_state()
     plain, less = (calculate(recipe, recipe.modality.build(None), 1, checkpointing=each) for each in (False, True))
     assert less.activations_bytes < 0.7 * plain.activations_bytes
-    assert less.flops == plain.flops
+    assert 0 < less.flops - plain.flops <= plain.flops_by_part["student"] / 3, "blocks run forward once more"
+    assert less.flops_by_part["student"] == plain.flops_by_part["student"]
     assert torch.equal(torch.get_rng_state(), state)
     parameters = build(recipe, recipe.modality.build(None), 1, torch.device("cpu")).trained.values()
     assert plain.trained == sum(p.numel() for ps in parameters for p in ps)
@@ -100,6 +101,7 @@ def test_objectives_collectives_are_those_that_run(targets: str, monkeypatch: py
         "koleo": engine.KOLEO | {"scope": "global"},
     }
     recipe = engine.recipe(objectives=objectives)
+    facts = calculate(recipe, recipe.modality.build(None), 1)
     model = engine.model(objectives=objectives)
     sizes: dict[str, list[int]] = {"total": [], "maximum": [], "gather_with_gradient": []}
     for name, seen in sizes.items():
@@ -110,7 +112,6 @@ def test_objectives_collectives_are_those_that_run(targets: str, monkeypatch: py
 
         monkeypatch.setattr(distributed, name, watched)
     model.commit(0, [model(engine.batch(), 0, list(objectives)).pending])
-    facts = calculate(recipe, recipe.modality.build(None), 1)
     assert facts.reduced_bytes == sum(sizes["total"]) + sum(sizes["maximum"]) > 0
     assert facts.gathered_bytes == sum(sizes["gather_with_gradient"]) > 0
 
