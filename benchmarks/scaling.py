@@ -172,8 +172,8 @@ The parts, in GB: weights with gradients and AdamW's moments; teacher; activatio
 
 {memory}
 The calculation against the peak of real steps on the CPU (`python benchmarks/scaling.py --memory`; fp32, 8,192
-prototypes; the process's peak over what it held before the model was built). On CUDA the error is not known: the
-allocator's fragmentation and the buffers of cuBLAS and NCCL come on top.
+prototypes; the process's peak over what it held before the model was built). The errors in bf16 and on CUDA are not known:
+the allocator's fragmentation and the buffers of cuBLAS and NCCL come on top.
 
 {measured}
 ## Traffic

@@ -12,11 +12,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from ssl_platform.config import ConfigError
 from ssl_platform.costs import safetensors_bytes
 from ssl_platform.flops import Counted, countable
 from ssl_platform.modalities import Modality
@@ -114,6 +120,8 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def dry_step(recipe: Recipe, modality: Modality, batch: Batch, *, checkpointing: bool = False) -> StepFacts:
     """One micro-batch of `recipe` on the shapes of `batch`, whose masks must be real; leaves random numbers alone.
 
+    Raises ConfigError if an objective asks for a value.
+
     `checkpointing`: blocks keep their input only and are computed again for the gradient (networks with `blocks`).
     """
     before = torch.get_rng_state()
@@ -124,6 +132,13 @@ def dry_step(recipe: Recipe, modality: Modality, batch: Batch, *, checkpointing:
         if checkpointing:
             _checkpoint_blocks(model)
         flops, parts, activations = _run(model, recipe, replace(batch, groups=groups))
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ConfigError(
+            [
+                f"--estimate: {error.func} needs values, so a step cannot be calculated by shapes alone; without gpus= "
+                "the estimate measures one here"
+            ]
+        ) from error
     finally:
         torch.set_rng_state(before)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]

@@ -23,7 +23,7 @@ from ssl_platform.views import Batch, ViewGroup
 
 MEASURED_STEPS = 3
 MEMORY_ERROR = (
-    "the calculation was 1 to 11 % below the measured peak on a CPU; on CUDA it is not measured (docs/scaling.md)"
+    "the calculation was 1 to 11 % below the measured peak in fp32 on a CPU; not measured on CUDA (docs/scaling.md)"
 )
 """`python benchmarks/scaling.py --memory`, docs/scaling.md."""
 

@@ -165,6 +165,14 @@ def test_bad_input_is_named(given: list[str], message: str, capsys: pytest.Captu
     assert message in capsys.readouterr().err
 
 
+def test_an_objective_that_asks_for_values_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ssl_platform.objectives.koleo.koleo", lambda rows, everywhere: rows.sum() * rows.sum().item())
+    assert main([str(SMOKE), "--estimate", "gpus=2"]) == 1
+    assert "needs values, so a step cannot be calculated by shapes alone" in capsys.readouterr().err
+
+
 def test_assumptions_are_no_keys_of_a_run() -> None:
     assert not Recipe.model_fields.keys() & costs.Assumptions.model_fields.keys()
     assert costs.split_assumptions(["steps=3"]) == (None, ["steps=3"])
