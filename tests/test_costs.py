@@ -72,7 +72,7 @@ def test_recomputing_blocks_keeps_less_and_computes_more() -> None:
     })  # fmt: skip
     state = torch.get_rng_state()
     plain, less = (calculate(recipe, recipe.modality.build(None), 1, checkpointing=each) for each in (False, True))
-    assert less.activations_bytes < 0.7 * plain.activations_bytes
+    assert less.activations_bytes < 0.8 * plain.activations_bytes
     assert 0 < less.flops - plain.flops <= plain.flops_by_part["student"] / 3, "blocks run forward once more"
     assert less.flops_by_part["student"] == plain.flops_by_part["student"]
     assert torch.equal(torch.get_rng_state(), state)
