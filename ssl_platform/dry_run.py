@@ -229,7 +229,7 @@ def _run(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, dict
 
 @contextmanager
 def _without_collector() -> Iterator[None]:
-    """Recomputation leaves cycles; what they hold counts, whenever Python would find them: the same bytes every time."""
+    """Python's collector off: cycles are found in `_collected`, so that the bytes alive are the same every time."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -256,7 +256,14 @@ def _checkpoint_blocks(model: StudentTeacher) -> None:
     for name, network in model.networks.items():
         if model.roles[name].update == "grad":
             for block in getattr(network, "blocks", ()):
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+                block.forward = partial(
+                    checkpoint, partial(_collected, block.forward), use_reentrant=False, preserve_rng_state=False
+                )
+
+
+def _collected(forward: Any, *arguments: Any) -> Any:
+    gc.collect(1)  # the cycles that the recomputation of the block before left
+    return forward(*arguments)
 
 
 def _units(model: StudentTeacher) -> list[nn.Module]:
