@@ -60,10 +60,10 @@ def recipe(name: str, batch_size: int, *, precision: str = "bf16", prototypes: i
     return validate(Recipe, data)
 
 
-def facts(name: str, *, checkpointing: bool = False) -> StepFacts:
+def facts(name: str) -> StepFacts:
     """A step of one GPU."""
     made = recipe(name, BATCH)
-    return calculate(made, made.modality.build(None), 1, checkpointing=checkpointing)
+    return calculate(made, made.modality.build(None), 1)
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
@@ -79,8 +79,8 @@ def flops_row(name: str, step: StepFacts) -> list[str]:
     return [name, f"{step.trained / 1e6:,.1f} M", readable(step.flops / BATCH, "FLOP"), *parts]
 
 
-def memory_rows(name: str, step: StepFacts, checkpointed: StepFacts) -> list[list[str]]:
-    alone = memories(step, checkpointed, 1)
+def memory_rows(name: str, step: StepFacts) -> list[list[str]]:
+    alone = memories(step, 1)
     rows = [
         [
             name,
@@ -90,7 +90,7 @@ def memory_rows(name: str, step: StepFacts, checkpointed: StepFacts) -> list[lis
         ]
     ]
     for gpus in GPU_COUNTS[1:]:
-        sharded = [value for key, value in memories(step, checkpointed, gpus).items() if key.startswith("FSDP2")]
+        sharded = [value for key, value in memories(step, gpus).items() if key.startswith("FSDP2")]
         rows.append(
             [name, f"FSDP2, {gpus:,}", *[f"{value.total / 1e9:.1f} GB" for value in sharded], parts(sharded[0])]
         )
@@ -131,25 +131,24 @@ def run_rows(name: str, step: StepFacts) -> list[list[str]]:
 
 def page(measured: str) -> str:
     """The whole document; `measured` is the table of `--memory`, kept from when it was measured."""
-    steps = {name: (facts(name), facts(name, checkpointing=True)) for name in MODELS}
+    steps = {name: facts(name) for name in MODELS}
     mfu = f"{costs.Assumptions(gpus=1).mfu:.0%} MFU (assumed)"
-    plain = {name: step for name, (step, _) in steps.items()}
     flops = table(
-        ["model", "trained", "a sample", *plain["ViT-S/16"].flops_by_part],
-        [flops_row(name, step) for name, step in plain.items()],
+        ["model", "trained", "a sample", *steps["ViT-S/16"].flops_by_part],
+        [flops_row(name, step) for name, step in steps.items()],
     )
     memory = table(
         ["model", "GPUs", "total", "recomputed", "parts of the total"],
-        [row for name, pair in steps.items() for row in memory_rows(name, *pair)],
+        [row for name, step in steps.items() for row in memory_rows(name, step)],
     )
     traffic = table(
         ["model", "GPUs", "DDP", "share", "FSDP2", "share", "objectives"],
-        [row for name, step in plain.items() for row in traffic_rows(name, step)],
+        [row for name, step in steps.items() for row in traffic_rows(name, step)],
     )
-    checkpoints = table(["model", "size", "time"], [checkpoint_row(name, step) for name, step in plain.items()])
+    checkpoints = table(["model", "size", "time"], [checkpoint_row(name, step) for name, step in steps.items()])
     runs = table(
         ["model", "GPUs", "batch", "samples/s", "from shards", "workers a GPU", "step", "time", "GPU hours"],
-        [row for name, step in plain.items() for row in run_rows(name, step)],
+        [row for name, step in steps.items() for row in run_rows(name, step)],
     )
     return f"""# Scaling
 
@@ -161,7 +160,7 @@ own code on tensors without memory. Nothing on this page was measured on a GPU**
 ## FLOPs
 
 Matrix products of a sample, forward and backward, equal to torch's own counter (`tests/test_costs.py`). Rows that drop
-path leaves out do not count. Recomputing blocks adds up to a third of the student's. The rest is KoLeo.
+path leaves out do not count. Recomputing blocks would add up to a third of the student's. The rest is KoLeo.
 
 {flops}
 ## Memory of a GPU
@@ -206,7 +205,7 @@ def checkpoint_row(name: str, step: StepFacts) -> list[str]:
 def calculated_bytes(name: str, batch_size: int) -> float:
     made = recipe(name, batch_size, precision="fp32", prototypes=8192)
     step = calculate(made, made.modality.build(None), 1)
-    return memories(step, step, 1)["one copy a GPU"].total
+    return memories(step, 1)["one copy a GPU"].total
 
 
 def measured_bytes(name: str, batch_size: int) -> float:

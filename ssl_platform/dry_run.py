@@ -42,9 +42,9 @@ class StepFacts(NamedTuple):
     """One micro-batch, forward and backward, of one process; bytes unless the name says otherwise."""
 
     flops: int
-    """Operations of matrix products, forward and backward, by torch's counter; what checkpointing recomputes too."""
+    """Operations of matrix products, forward and backward, by torch's counter, without recomputing blocks."""
     flops_by_part: dict[str, int]
-    """{network or head of a network: operations}, and "rest": the objectives' own products and what is recomputed.
+    """{network or head of a network: operations}, and "rest": the objectives' own products.
 
     Empty for networks without a formula (`flops.countable`).
     """
@@ -58,6 +58,8 @@ class StepFacts(NamedTuple):
     batch_bytes: int
     activations_bytes: int
     """The most that was alive at once besides weights, gradients and the batch."""
+    recomputed_activations_bytes: int
+    """The same where blocks keep their input only and run again for the gradient (networks with `blocks`)."""
     largest_unit_bytes: int
     """The largest block or head: what sharding has to gather as a whole."""
     reduced_bytes: int
@@ -119,21 +121,20 @@ class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.alive -= self._sizes.pop(key)
 
 
-def dry_step(recipe: Recipe, modality: Modality, batch: Batch, *, checkpointing: bool = False) -> StepFacts:
+def dry_step(recipe: Recipe, modality: Modality, batch: Batch) -> StepFacts:
     """One micro-batch of `recipe` on the shapes of `batch`, whose masks must be real; leaves random numbers alone.
 
     Raises ConfigError if an objective asks for a value.
-
-    `checkpointing`: blocks keep their input only and are computed again for the gradient (networks with `blocks`).
     """
     before = torch.get_rng_state()
     try:
         fake = FakeTensorMode(allow_non_fake_inputs=True)
         model = _model(recipe, modality, fake)
         groups = {name: replace(group, views=_shaped(group.views, fake)) for name, group in batch.groups.items()}
-        if checkpointing:
-            _checkpoint_blocks(model)
-        flops, parts, activations = _run(model, recipe, replace(batch, groups=groups))
+        batch = replace(batch, groups=groups)
+        flops, parts, activations = _count(model, recipe, batch)
+        _checkpoint_blocks(model)
+        recomputed = _bytes_alive(model, recipe, batch)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ConfigError(
             [
@@ -161,6 +162,7 @@ def dry_step(recipe: Recipe, modality: Modality, batch: Batch, *, checkpointing:
         state_bytes=sum(buffer.nbytes for buffer in model.buffers()),
         batch_bytes=sum(group.views.nbytes + sum(m.nbytes for m in group.masks.values()) for group in groups.values()),
         activations_bytes=activations,
+        recomputed_activations_bytes=recomputed,
         largest_unit_bytes=max(sum(p.nbytes for p in unit.parameters()) for unit in _units(model)),
         reduced_bytes=reduced,
         gathered_bytes=gathered,
@@ -195,8 +197,28 @@ def _sizes_and_shapes(
     return {name: size for name, (size, _) in tensors.items()}, {name: shape for name, (_, shape) in tensors.items()}
 
 
-def _run(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, dict[str, int], int]:
+def _count(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, dict[str, int], int]:
     """(operations, those of each part, the most bytes alive) of the forward and backward pass."""
+    # Twice the forward for the backward, as the formula has it; kernels that compute the scores again do more.
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: (
+            2 * _attention_flops(*shapes[1:])
+        ),
+    }
+    with ExitStack() as stack:
+        counted = stack.enter_context(Counted(model)) if countable(model) else None
+        counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=mapping))
+        alive = _bytes_alive(model, recipe, batch)
+    total = counter.get_total_flops()
+    return total, counted.parts | {"rest": total - counted.total} if counted else {}, alive
+
+
+def _bytes_alive(model: StudentTeacher, recipe: Recipe, batch: Batch) -> int:
+    """The most at once in the forward and backward pass, besides weights, gradients and the batch.
+
+    Not to be asked inside a FlopCounterMode when blocks are recomputed: the counter keeps what they made.
+    """
     watch, hooks = _Watch(), []
     for parameter in model.parameters():
         watch.ignore(parameter)
@@ -205,26 +227,12 @@ def _run(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, dict
             hooks.append(hook)
     for tensor in chain(model.buffers(), (group.views for group in batch.groups.values())):
         watch.ignore(tensor)
-    # Twice the forward for the backward, as the formula has it; kernels that compute the scores again do more.
-    mapping = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: (
-            2 * _attention_flops(*shapes[1:])
-        ),
-    }
-    parts: dict[str, int] = {}
-    with ExitStack() as stack:
-        counted = stack.enter_context(Counted(model)) if countable(model) else None
-        counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=mapping))
-        stack.enter_context(watch)
-        stack.enter_context(_without_collector())
+    with watch, _without_collector():
         model(batch, 0, list(recipe.objectives)).loss.backward()
     for hook in hooks:
         hook.remove()
-    total = counter.get_total_flops()
-    if counted:
-        parts = counted.parts | {"rest": total - counted.total}
-    return total, parts, watch.peak
+    model.zero_grad(set_to_none=True)
+    return watch.peak
 
 
 @contextmanager

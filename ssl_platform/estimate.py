@@ -69,34 +69,36 @@ def calculated(recipe: Recipe, assumed: costs.Assumptions) -> str:
     """A report for hardware that need not be here. Reads the shards' index, no sample; writes and allocates nothing."""
     index = open_index(recipe)
     facts = calculate(recipe, build_modality(recipe, index.statistics), assumed.gpus)
-    checkpointed = calculate(recipe, build_modality(recipe, index.statistics), assumed.gpus, checkpointing=True)
     sample_bytes = float((index.stops - index.starts).mean())
-    return costs_report(recipe, assumed, facts, checkpointed, sample_bytes)
+    return costs_report(recipe, assumed, facts, sample_bytes)
 
 
-def calculate(recipe: Recipe, modality: Modality, gpus: int, *, checkpointing: bool = False) -> StepFacts:
+def calculate(recipe: Recipe, modality: Modality, gpus: int) -> StepFacts:
     """One micro-batch of one of `gpus` processes."""
     masks = {name: config.build() for name, config in recipe.masks.items()}
     size = recipe.batch_size // (gpus * recipe.accumulate)
     batch = random_batch(modality, masks, size, partial(torch.empty, device="meta"))
-    return dry_step(recipe, modality, batch, checkpointing=checkpointing)
+    return dry_step(recipe, modality, batch)
 
 
-def memories(facts: StepFacts, checkpointed: StepFacts, gpus: int) -> dict[str, costs.Memory]:
+def memories(facts: StepFacts, gpus: int) -> dict[str, costs.Memory]:
     """{way to distribute: bytes on each GPU}."""
     return {
         f"{way}{suffix}": costs.memory(
-            trained=each.trained_bytes,
-            moments=each.moments_bytes,
-            followers=each.followers_bytes,
-            state=each.state_bytes,
-            batch=each.batch_bytes,
-            activations=each.activations_bytes,
-            largest_unit=each.largest_unit_bytes,
+            trained=facts.trained_bytes,
+            moments=facts.moments_bytes,
+            followers=facts.followers_bytes,
+            state=facts.state_bytes,
+            batch=facts.batch_bytes,
+            activations=activations,
+            largest_unit=facts.largest_unit_bytes,
             shards=shards,
         )
         for way, shards in {"one copy a GPU": 1, **({"FSDP2": gpus} if gpus > 1 else {})}.items()
-        for suffix, each in (("", facts), (", blocks recomputed", checkpointed))
+        for suffix, activations in (
+            ("", facts.activations_bytes),
+            (", blocks recomputed", facts.recomputed_activations_bytes),
+        )
     }
 
 
@@ -116,16 +118,14 @@ def traffics(recipe: Recipe, facts: StepFacts, gpus: int) -> dict[str, costs.Tra
     }
 
 
-def costs_report(
-    recipe: Recipe, assumed: costs.Assumptions, facts: StepFacts, checkpointed: StepFacts, sample_bytes: float
-) -> str:
+def costs_report(recipe: Recipe, assumed: costs.Assumptions, facts: StepFacts, sample_bytes: float) -> str:
     """The report's text: what is exact, what is calculated, what is assumed."""
     gpu, size = costs.GPUS[assumed.gpu], recipe.batch_size // (assumed.gpus * recipe.accumulate)
     flops = facts.flops * recipe.accumulate
     peak = gpu.bf16 if recipe.precision == "bf16" else gpu.fp32
     sent = traffics(recipe, facts, assumed.gpus)
     times = {
-        way: costs.step_time(flops=flops, peak=peak, mfu=assumed.mfu, sent=each.total, link=assumed.link)
+        way: costs.step_time(flops=flops, peak=peak, mfu=assumed.mfu, sent=facts.total, link=assumed.link)
         for way, each in sent.items()
     }
     seconds = times["DDP"].computing
@@ -139,7 +139,7 @@ def costs_report(
         "(matrix products, forward and backward)",
     }
     lines |= {f"  {part}": f"{readable(value / size, 'FLOP')} a sample" for part, value in facts.flops_by_part.items()}
-    for way, each in memories(facts, checkpointed, assumed.gpus).items():
+    for way, each in memories(facts, assumed.gpus).items():
         fits = "fits" if each.total < gpu.memory else "DOES NOT FIT"
         parts = ", ".join(f"{name} {readable(value, 'B')}" for name, value in each._asdict().items() if value)
         lines[f"memory, {way}"] = f"{readable(each.total, 'B')} of {readable(gpu.memory, 'B')}: {fits} ({parts})"

@@ -66,15 +66,13 @@ def test_flops_equal_torchs_counter(changes: dict[str, Any]) -> None:
     assert sum(facts.flops_by_part.values()) in (facts.flops, 0)
 
 
-def test_recomputing_blocks_keeps_less_and_computes_more() -> None:
+def test_parameters_are_counted_and_recomputing_blocks_keeps_less() -> None:
     recipe = engine.recipe(modality=IMAGE, networks={"student": {"backbone": engine.VIT | {"depth": 8}}} | {
         "teacher": {"update": "ema", "of": "student"}
     })  # fmt: skip
     state = torch.get_rng_state()
-    plain, less = (calculate(recipe, recipe.modality.build(None), 1, checkpointing=each) for each in (False, True))
-    assert less.activations_bytes < 0.8 * plain.activations_bytes
-    assert 0 < less.flops - plain.flops <= plain.flops_by_part["student"] / 3, "blocks run forward once more"
-    assert less.flops_by_part["student"] == plain.flops_by_part["student"]
+    plain = calculate(recipe, recipe.modality.build(None), 1)
+    assert plain.recomputed_activations_bytes < 0.8 * plain.activations_bytes
     assert torch.equal(torch.get_rng_state(), state)
     parameters = build(recipe, recipe.modality.build(None), 1, torch.device("cpu")).trained.values()
     assert plain.trained == sum(p.numel() for ps in parameters for p in ps)
