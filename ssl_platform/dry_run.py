@@ -202,9 +202,7 @@ def _count(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, di
     # Twice the forward for the backward, as the formula has it; kernels that compute the scores again do more.
     mapping = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *shapes, **_: (
-            2 * _attention_flops(*shapes[1:])
-        ),
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     }
     with ExitStack() as stack:
         counted = stack.enter_context(Counted(model)) if countable(model) else None
@@ -233,6 +231,10 @@ def _bytes_alive(model: StudentTeacher, recipe: Recipe, batch: Batch) -> int:
         hook.remove()
     model.zero_grad(set_to_none=True)
     return watch.peak
+
+
+def _attention_backward_flops(gradient: Any, *shapes: Any, **_: Any) -> int:
+    return 2 * _attention_flops(*shapes)
 
 
 @contextmanager

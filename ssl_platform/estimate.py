@@ -125,7 +125,7 @@ def costs_report(recipe: Recipe, assumed: costs.Assumptions, facts: StepFacts, s
     peak = gpu.bf16 if recipe.precision == "bf16" else gpu.fp32
     sent = traffics(recipe, facts, assumed.gpus)
     times = {
-        way: costs.step_time(flops=flops, peak=peak, mfu=assumed.mfu, sent=facts.total, link=assumed.link)
+        way: costs.step_time(flops=flops, peak=peak, mfu=assumed.mfu, sent=each.total, link=assumed.link)
         for way, each in sent.items()
     }
     seconds = times["DDP"].computing
