@@ -64,31 +64,38 @@ class Counted:
     def __init__(self, model: StudentTeacher) -> None:
         """The model must be `countable`."""
         self.model, self.total = model, 0
+        self.parts: dict[str, int] = {}
+        """Those of each network, and of each head of a network."""
         self._hooks: list[Any] = []
 
     def __enter__(self) -> "Counted":
         for name, network in self.model.networks.items():
             trained = self.model.roles[name].update == "grad"
-            self._hooks.append(network.register_forward_hook(self._network_hook(trained)))
-            for copies in self.model.heads.values():
+            self._hooks.append(network.register_forward_hook(self._network_hook(name, trained)))
+            for head, copies in self.model.heads.items():
                 if name in copies:  # type: ignore[operator]
-                    self._hooks.append(copies[name].register_forward_hook(self._head_hook(trained)))  # type: ignore[index]
+                    hook = self._head_hook(f"{name}'s {head} head", trained)
+                    self._hooks.append(copies[name].register_forward_hook(hook))  # type: ignore[index]
         return self
 
     def __exit__(self, *_: object) -> None:
         for hook in self._hooks:
             hook.remove()
 
-    def _network_hook(self, trained: bool) -> Any:
+    def _add(self, part: str, flops: int) -> None:
+        self.total += flops
+        self.parts[part] = self.parts.get(part, 0) + flops
+
+    def _network_hook(self, part: str, trained: bool) -> Any:
         def count(network: VisionTransformer, arguments: tuple[list[Input]], outputs: list[Features]) -> None:
             for item, features in zip(arguments[0], outputs, strict=True):
-                self.total += vit_flops(network, item, features, trained=trained)
+                self._add(part, vit_flops(network, item, features, trained=trained))
 
         return count
 
-    def _head_hook(self, trained: bool) -> Any:
+    def _head_hook(self, part: str, trained: bool) -> Any:
         def count(head: ProjectionHead, arguments: tuple[torch.Tensor], logits: torch.Tensor) -> None:
-            self.total += head_flops(head, logits.shape[:-1].numel(), trained=trained)
+            self._add(part, head_flops(head, logits.shape[:-1].numel(), trained=trained))
 
         return count
 

@@ -65,7 +65,7 @@ class StudentTeacher(nn.Module):
                 for module in self._of_network(name):
                     module.requires_grad_(False)
         if autocast:
-            self._mix_precision(*autocast)
+            self.mix_precision(*autocast)
         self.train()
 
     def forward(self, batch: Batch, step: int, active: Sequence[str]) -> StepOutput:
@@ -175,7 +175,7 @@ class StudentTeacher(nn.Module):
         heads = [(copies[name], copies[role.of]) for copies in self.heads.values() if name in copies]  # type: ignore[index, operator]
         return [(self.networks[name], self.networks[role.of]), *heads]
 
-    def _mix_precision(self, device: str, dtype: torch.dtype) -> None:
+    def mix_precision(self, device: str, dtype: torch.dtype) -> None:
         """Runs networks, heads and the modules inside objectives under autocast; the losses' own arithmetic is float32."""
         inside = [child for objective in self.objectives.values() for child in objective.children()]
         heads = [module for copies in self.heads.values() for module in copies.children()]

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ssl_platform import checkpoint, distributed, peers, run_lock
 from ssl_platform.config import ConfigError, to_yaml
+from ssl_platform.costs import split_assumptions
 from ssl_platform.data.index import Index
 from ssl_platform.data.mixture import doubtful_cache, summary
 from ssl_platform.data.order import Order
@@ -51,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   ssl-train configs/smoke/pathology.yaml                     seconds on one core
   ssl-train my.yaml run_dir=runs/a steps=50000 optim.lr=1e-3 any key of the YAML can be set
   ssl-train my.yaml --estimate                               memory, samples and time, then stops
+  ssl-train my.yaml --estimate gpus=64 gpu=h100_sxm          the same and traffic, calculated (docs/scaling.md)
   ssl-train my.yaml --show-views views.png                   a picture of what the networks will see, then stops
   python -m launch.local my.yaml gpus=8                      eight GPUs of one machine (docs/launch.md)
 
@@ -68,7 +70,9 @@ keys: docs/configuration.md""",
         "overrides", nargs="*", metavar="key=value", help="such as optim.lr=1e-3 or masks.block.ratio=[.1,.4]"
     )
     parser.add_argument(
-        "--estimate", action="store_true", help="measure a few steps, print memory, samples seen and time"
+        "--estimate",
+        action="store_true",
+        help="measure a few steps, print memory, samples seen and time; with gpus=N calculate them for other hardware",
     )
     parser.add_argument(
         "--show-views",
@@ -79,14 +83,18 @@ keys: docs/configuration.md""",
     arguments = parser.parse_intermixed_args(argv)
     set_up_logging()
     try:
-        recipe = load_recipe(arguments.config, arguments.overrides, distributed.environment_world_size())
+        assumed, overrides = (
+            split_assumptions(arguments.overrides) if arguments.estimate else (None, arguments.overrides)
+        )
+        world_size = assumed.gpus if assumed else distributed.environment_world_size()
+        recipe = load_recipe(arguments.config, overrides, world_size)
         device = distributed.start(recipe.collective_timeout_minutes)
         set_up_logging()
         peers.watch(60 * recipe.collective_timeout_minutes, logger.error)
         if arguments.estimate:
-            from ssl_platform.estimate import estimate
+            from ssl_platform.estimate import calculated, estimate
 
-            text = estimate(recipe, device)
+            text = calculated(recipe, assumed) if assumed else estimate(recipe, device)
             sys.stdout.write(text if distributed.rank() == 0 else "")
             return 0
         if arguments.show_views:

@@ -9,14 +9,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     {"config", "distributed", "location", "optional", "plain_yaml"},
-    {"log", "optim", "views", "patch_embed", "progress", "peers", "stragglers"},
+    {"log", "optim", "views", "patch_embed", "progress", "peers", "stragglers", "costs"},
     {"masks", "backbones", "heads", "checkpoint", "run_lock"},
     {"modalities"},
     {"objectives", "data"},
     {"student_teacher"},
     {"recipe", "recipe_checks"},
     {"stages", "step", "flops", "health", "health_facts"},
-    {"monitors"},
+    {"monitors", "dry_run"},
     {"run_folder", "estimate", "encoder", "show_views", "weights", "initialise"},
     {"train", "export"},
 ]

@@ -1,0 +1,302 @@
+"""A training step without numbers: the run's own code on tensors that have shapes but no memory.
+
+What it gives follows the code of networks, heads and objectives whatever they are, in seconds for a model of any size.
+"""
+
+import gc
+import weakref
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from ssl_platform.config import ConfigError
+from ssl_platform.costs import safetensors_bytes
+from ssl_platform.flops import Counted, countable
+from ssl_platform.modalities import Modality
+from ssl_platform.objectives import Objective
+from ssl_platform.objectives._targets import Centering, Sinkhorn
+from ssl_platform.objectives.koleo import Koleo
+from ssl_platform.recipe import Recipe, build_student_teacher
+from ssl_platform.student_teacher import StudentTeacher
+from ssl_platform.views import Batch
+
+aten = torch.ops.aten
+
+
+class StepFacts(NamedTuple):
+    """One micro-batch, forward and backward, of one process; bytes unless the name says otherwise."""
+
+    flops: int
+    """Operations of matrix products, forward and backward, by torch's counter, without recomputing blocks."""
+    flops_by_part: dict[str, int]
+    """{network or head of a network: operations}, and "rest": the objectives' own products.
+
+    Empty for networks without a formula (`flops.countable`).
+    """
+    trained: int
+    """Parameters with gradients, a number."""
+    trained_bytes: int
+    followers_bytes: int
+    """Networks and heads that are not trained."""
+    state_bytes: int
+    """Buffers: centers, running statistics."""
+    batch_bytes: int
+    activations_bytes: int
+    """The most that was alive at once besides weights, gradients and the batch."""
+    recomputed_activations_bytes: int
+    """The same where blocks keep their input only and run again for the gradient (networks with `blocks`)."""
+    largest_unit_bytes: int
+    """The largest block or head: what sharding has to gather as a whole."""
+    reduced_bytes: int
+    """What objectives sum over processes (centers, Sinkhorn), each once."""
+    gathered_bytes: int
+    """What objectives gather from each process (KoLeo with scope: global)."""
+    moments_bytes: int
+    """The optimiser's state."""
+    checkpoint_bytes: int
+    """Model and optimiser as they are saved."""
+
+
+class _AllZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Initialisation asks whether a number is out of bounds and draws again: it never is."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return 0 if func is aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
+
+
+class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Adds up the storages that are alive, and lets masks with values choose from tensors without."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.alive, self.peak = 0, 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
+            args = (args[0], _positions(args[1]), *args[2:])
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, FakeTensor):
+                self.add(tensor)
+        return result
+
+    def add(self, tensor: Tensor) -> None:
+        """Counts the tensor's storage until it is freed."""
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.alive += self._sizes[key]
+        self.peak = max(self.peak, self.alive)
+        weakref.finalize(storage, self._forget, key)
+
+    def ignore(self, tensor: Tensor | None) -> None:
+        """Counts the tensor's storage no longer: weights, gradients and the batch are counted apart."""
+        assert tensor is not None
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._sizes:
+            self.alive -= self._sizes[storage._cdata]
+        else:
+            weakref.finalize(storage, self._forget, storage._cdata)
+        self._sizes[storage._cdata] = 0
+
+    def _forget(self, key: int) -> None:
+        self.alive -= self._sizes.pop(key)
+
+
+def dry_step(recipe: Recipe, modality: Modality, batch: Batch) -> StepFacts:
+    """One micro-batch of `recipe` on the shapes of `batch`, whose masks must be real; leaves random numbers alone.
+
+    Raises ConfigError if an objective asks for a value.
+    """
+    before = torch.get_rng_state()
+    try:
+        fake = FakeTensorMode(allow_non_fake_inputs=True)
+        model = _model(recipe, modality, fake)
+        groups = {name: replace(group, views=_shaped(group.views, fake)) for name, group in batch.groups.items()}
+        batch = replace(batch, groups=groups)
+        flops, parts, activations = _count(model, recipe, batch)
+        _checkpoint_blocks(model)
+        recomputed = _bytes_alive(model, recipe, batch)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ConfigError(
+            [
+                f"--estimate: {error.func} needs values, so a step cannot be calculated by shapes alone; without gpus= "
+                "the estimate measures one here"
+            ]
+        ) from error
+    finally:
+        torch.set_rng_state(before)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    reduced, gathered = _collectives(model, batch)
+    saved = {name: (tensor.nbytes, tuple(tensor.shape)) for name, tensor in model.state_dict().items()}
+    states = ("step", "exp_avg", "exp_avg_sq") if recipe.optim.name == "adamw" else ("momentum_buffer",)
+    moments = {
+        f"{name}/{state}": (4, ()) if state == "step" else (p.nbytes, tuple(p.shape))
+        for name, p in trained
+        for state in states
+    }
+    return StepFacts(
+        flops=flops,
+        flops_by_part=parts,
+        trained=sum(p.numel() for _, p in trained),
+        trained_bytes=sum(p.nbytes for _, p in trained),
+        followers_bytes=sum(p.nbytes for p in model.parameters() if not p.requires_grad),
+        state_bytes=sum(buffer.nbytes for buffer in model.buffers()),
+        batch_bytes=sum(group.views.nbytes + sum(m.nbytes for m in group.masks.values()) for group in groups.values()),
+        activations_bytes=activations,
+        recomputed_activations_bytes=recomputed,
+        largest_unit_bytes=max(sum(p.nbytes for p in unit.parameters()) for unit in _units(model)),
+        reduced_bytes=reduced,
+        gathered_bytes=gathered,
+        moments_bytes=sum(size for size, _ in moments.values()),
+        checkpoint_bytes=sum(safetensors_bytes(*_sizes_and_shapes(each)) for each in (saved, moments)),
+    )
+
+
+def _model(recipe: Recipe, modality: Modality, fake: FakeTensorMode) -> StudentTeacher:
+    """The model, every weight of which has a shape and nothing else, as if it were on the CPU."""
+    meta = torch.device("meta")
+    with meta, _AllZero():  # type: ignore[no-untyped-call]
+        model = build_student_teacher(recipe.model_copy(update={"precision": "fp32"}), modality, 1, meta)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(_shaped(parameter.detach(), fake), parameter.requires_grad))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, _shaped(buffer, fake))
+    if recipe.precision == "bf16":
+        model.mix_precision("cpu", torch.bfloat16)
+    return model
+
+
+def _shaped(tensor: Tensor, fake: FakeTensorMode) -> Tensor:
+    with fake:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+
+
+def _sizes_and_shapes(
+    tensors: dict[str, tuple[int, tuple[int, ...]]],
+) -> tuple[dict[str, int], dict[str, tuple[int, ...]]]:
+    return {name: size for name, (size, _) in tensors.items()}, {name: shape for name, (_, shape) in tensors.items()}
+
+
+def _count(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, dict[str, int], int]:
+    """(operations, those of each part, the most bytes alive) of the forward and backward pass."""
+    # Twice the forward for the backward, as the formula has it; kernels that compute the scores again do more.
+    mapping = {
+        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    }
+    with ExitStack() as stack:
+        counted = stack.enter_context(Counted(model)) if countable(model) else None
+        counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=mapping))
+        alive = _bytes_alive(model, recipe, batch)
+    total = counter.get_total_flops()
+    return total, counted.parts | {"rest": total - counted.total} if counted else {}, alive
+
+
+def _bytes_alive(model: StudentTeacher, recipe: Recipe, batch: Batch) -> int:
+    """The most at once in the forward and backward pass, besides weights, gradients and the batch.
+
+    Not to be asked inside a FlopCounterMode when blocks are recomputed: the counter keeps what they made.
+    """
+    watch, hooks = _Watch(), []
+    for parameter in model.parameters():
+        watch.ignore(parameter)
+        if parameter.requires_grad:
+            hook = parameter.register_post_accumulate_grad_hook(lambda p: watch.ignore(p.grad))  # type: ignore[no-untyped-call]
+            hooks.append(hook)
+    for tensor in chain(model.buffers(), (group.views for group in batch.groups.values())):
+        watch.ignore(tensor)
+    with watch, _without_collector():
+        model(batch, 0, list(recipe.objectives)).loss.backward()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad(set_to_none=True)
+    return watch.peak
+
+
+def _attention_backward_flops(gradient: Any, *shapes: Any, **_: Any) -> int:
+    return 2 * _attention_flops(*shapes)
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Python's collector off: cycles are found in `_collected`, so that the bytes alive are the same every time."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
+
+
+def _positions(indices: Any) -> list[Any]:
+    """Masks as the positions that they choose, which tensors without values can be indexed by."""
+    found: list[Any] = []
+    for index in indices:
+        is_mask = isinstance(index, Tensor) and not isinstance(index, FakeTensor) and index.dtype == torch.bool
+        found += index.nonzero(as_tuple=True) if is_mask else [index]
+    return found
+
+
+def _checkpoint_blocks(model: StudentTeacher) -> None:
+    for name, network in model.networks.items():
+        if model.roles[name].update == "grad":
+            for block in getattr(network, "blocks", ()):
+                block.forward = partial(
+                    checkpoint, partial(_collected, block.forward), use_reentrant=False, preserve_rng_state=False
+                )
+
+
+def _collected(forward: Any, *arguments: Any) -> Any:
+    gc.collect(1)  # the cycles that the recomputation of the block before left
+    return forward(*arguments)
+
+
+def _units(model: StudentTeacher) -> list[nn.Module]:
+    """Blocks of networks that have some, other networks whole, and heads."""
+    networks = [list(getattr(network, "blocks", ())) or [network] for network in model.networks.values()]
+    return [*chain(*networks), *(head for copies in model.heads.values() for head in copies.children())]
+
+
+def _collectives(model: StudentTeacher, batch: Batch) -> tuple[int, int]:
+    """Bytes that the objectives of this package sum over processes and gather, in one micro-batch."""
+    reduced = gathered = 0
+    for objective in model.objectives.values():
+        assert isinstance(objective, Objective)
+        targets = getattr(objective, "targets", None)
+        if isinstance(targets, Centering):
+            reduced += targets.center.nbytes + 4
+        elif isinstance(targets, Sinkhorn):
+            head = model.heads[objective.head][objective.teacher.network]  # type: ignore[index, union-attr]
+            reduced += 4 * (head.num_prototypes * (1 + targets.iterations) + 1)
+        if isinstance(objective, Koleo) and objective.everywhere:
+            dim = model.networks[objective.student.network].embed_dim
+            assert isinstance(dim, int)
+            group = batch.groups[objective.student.group]
+            versions = group.masks[objective.student.masks].shape[1] if objective.student.masks else 1
+            gathered += 4 * len(group.source) * versions * len(batch.keys) * dim
+    return reduced, gathered

@@ -1,0 +1,196 @@
+"""What a run is said to cost, against torch's own counters, real checkpoints and real collectives."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from ssl_platform import costs, distributed
+from ssl_platform.config import ConfigError
+from ssl_platform.estimate import calculate, random_batch
+from ssl_platform.recipe import Recipe, load_recipe
+from ssl_platform.step import build
+from ssl_platform.train import main
+from tests import engine
+
+ROOT = Path(__file__).parents[1]
+SMOKE = ROOT / "configs/smoke/image.yaml"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import scaling  # noqa: E402
+
+
+def counted_by_torch(recipe: Recipe) -> int:
+    """Operations of a real forward and backward pass, under the attention kernel that the counter can see into."""
+    modality = recipe.modality.build(None)
+    model = build(recipe, modality, 1, torch.device("cpu")).student_teacher
+    masks = {name: config.build() for name, config in recipe.masks.items()}
+    batch = random_batch(modality, masks, recipe.batch_size)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(batch, 0, list(recipe.objectives)).loss.backward()
+    return int(counter.get_total_flops())
+
+
+IMAGE = {"name": "image", "patch_size": 8, "crops": {"global": {"size": 32}, "local": {"num": 3, "size": 16}}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"masks": {"block": {"name": "random", "ratio": [0.5, 0.5], "probability": 1.0, "num_masks": 2}}},
+        {"networks": engine.settings()["networks"] | {"student": {"backbone": engine.VIT | {"drop_path": 0.3}}}},
+        {"networks": engine.settings()["networks"] | {"student": {"backbone": engine.VIT | {"ffn": "swiglu"}}}},
+        {"precision": "bf16"},
+        {"objectives": {"dino": engine.DINO | {"masks": {}, "targets": "sinkhorn"}}, "masks": {}},
+        {
+            "modality": IMAGE,
+            "masks": {},
+            "networks": {
+                "student": {"backbone": {"name": "timm_models", "model": "vit_tiny_patch16_224"}},
+                "teacher": {"update": "ema", "of": "student"},
+            },
+            "objectives": {"dino": engine.DINO | {"masks": {}}},
+        },
+    ],
+    ids=["plain", "masked versions", "drop path", "swiglu", "bf16", "dino alone", "without a formula"],
+)
+def test_flops_equal_torchs_counter(changes: dict[str, Any]) -> None:
+    recipe = engine.recipe(**changes)
+    facts = calculate(recipe, recipe.modality.build(None), 1)
+    assert facts.flops == counted_by_torch(recipe) > 0
+    assert sum(facts.flops_by_part.values()) in (facts.flops, 0)
+
+
+def test_parameters_are_counted_and_recomputing_blocks_keeps_less() -> None:
+    recipe = engine.recipe(modality=IMAGE, networks={"student": {"backbone": engine.VIT | {"depth": 8}}} | {
+        "teacher": {"update": "ema", "of": "student"}
+    })  # fmt: skip
+    state = torch.get_rng_state()
+    plain = calculate(recipe, recipe.modality.build(None), 1)
+    assert plain.recomputed_activations_bytes < 0.8 * plain.activations_bytes
+    assert torch.equal(torch.get_rng_state(), state)
+    parameters = build(recipe, recipe.modality.build(None), 1, torch.device("cpu")).trained.values()
+    assert plain.trained == sum(p.numel() for ps in parameters for p in ps)
+    assert plain.trained_bytes == 4 * plain.trained == plain.followers_bytes
+    assert plain.moments_bytes == 8 * plain.trained + 4 * sum(map(len, parameters))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_size_of_a_real_checkpoint(tmp_path: Path, optimizer: str) -> None:
+    overrides = [f"run_dir={tmp_path}", "steps=1", f"optim.name={optimizer}", "tensorboard=false"]
+    overrides += ["optim.lr=1e-4"] if optimizer == "sgd" else []
+    assert main([str(SMOKE), *overrides]) == 0
+    files = (tmp_path / "checkpoints/step_00000001").glob("*.safetensors")
+    recipe = load_recipe(SMOKE, overrides)
+    expected = calculate(recipe, recipe.modality.build(None), 1).checkpoint_bytes
+    assert expected == pytest.approx(sum(file.stat().st_size for file in files), rel=0.01)
+
+
+@pytest.mark.parametrize("targets", ["centering", "sinkhorn"])
+def test_objectives_collectives_are_those_that_run(targets: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    objectives = {
+        "dino": engine.DINO | {"targets": targets},
+        "ibot": engine.IBOT | {"targets": targets},
+        "koleo": engine.KOLEO | {"scope": "global"},
+    }
+    recipe = engine.recipe(objectives=objectives)
+    facts = calculate(recipe, recipe.modality.build(None), 1)
+    model = engine.model(objectives=objectives)
+    sizes: dict[str, list[int]] = {"total": [], "maximum": [], "gather_with_gradient": []}
+    for name, seen in sizes.items():
+
+        def watched(tensor: Tensor, seen: list[int] = seen) -> Tensor:
+            seen.append(tensor.nbytes)
+            return tensor
+
+        monkeypatch.setattr(distributed, name, watched)
+    model.commit(0, [model(engine.batch(), 0, list(objectives)).pending])
+    assert facts.reduced_bytes == sum(sizes["total"]) + sum(sizes["maximum"]) > 0
+    assert facts.gathered_bytes == sum(sizes["gather_with_gradient"]) > 0
+
+
+def test_arithmetic() -> None:
+    assert costs.all_reduce(100, 1) == 0 and costs.all_reduce(100, 4) == 150 and costs.all_gather(100, 4) == 75
+    whole = costs.memory(trained=8, moments=16, followers=4, state=1, batch=2, activations=32, largest_unit=2)
+    assert whole.total == 8 + 8 + 16 + 4 + 1 + 2 + 32
+    parts = costs.memory(trained=8, moments=16, followers=4, state=1, batch=2, activations=32, largest_unit=2, shards=4)
+    assert parts.total == 9 + 1 + 2 + 32 + 3 * 2
+    ddp = costs.ddp_traffic(trained=100, reduced=10, gathered=0, accumulate=3, gpus=2)
+    assert ddp == (100, 0, 30)
+    fsdp = costs.fsdp_traffic(trained=100, followers=100, reduced=0, gathered=0, accumulate=2, gpus=2, gather_share=0.5)
+    assert fsdp == (50, 150, 0)
+    time = costs.step_time(flops=100, peak=100, mfu=0.5, sent=20, link=10)
+    assert time == (2, 2) and time.share == 0.5
+    assert costs.Assumptions(gpus=8).link == 450e9 and costs.Assumptions(gpus=16).link == 50e9
+
+
+def test_the_command_calculates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(SMOKE), f"run_dir={tmp_path / 'none'}", "--estimate", "gpus=4", "gpu=a100_sxm"]) == 0
+    report = capsys.readouterr().out
+    for words in (
+        "4 x a100_sxm, 2 samples each",
+        "teacher's dino head",
+        "memory, FSDP2",
+        "fits",
+        "sent, DDP",
+        "(assumed)",
+    ):
+        assert words in report, report
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (["gpus=0"], "gpus: input should be greater than or equal to 1, got 0"),
+        (["gpus=3"], "batch_size: 8 cannot be split over 3 ranks x accumulate 1; use a multiple of 3"),
+        (["gpus=16"], "batch_size: 8 is smaller than the number of ranks, 16"),
+        (["gpus=2", "gpu=h1000"], "gpu: 'h1000' is not known; there are h100_sxm, h100_pcie"),
+        (["gpu=h200"], "gpus: missing"),
+        (["gpus=2", "mfu=1.5"], "mfu: input should be less than or equal to 1, got 1.5"),
+        (["gpus=2", "mfu="], "mfu"),
+        (["gpus=2", "gpus=x"], "gpus: input should be a valid integer"),
+        (["gpus=2", "disc=3"], "disc: unknown key"),
+    ],
+)
+def test_bad_input_is_named(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(SMOKE), "--estimate", *given]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_objective_that_asks_for_values_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("ssl_platform.objectives.koleo.koleo", lambda rows, everywhere: rows.sum() * rows.sum().item())
+    assert main([str(SMOKE), "--estimate", "gpus=2"]) == 1
+    assert "needs values, so a step cannot be calculated by shapes alone" in capsys.readouterr().err
+
+
+def test_assumptions_are_no_keys_of_a_run() -> None:
+    assert not Recipe.model_fields.keys() & costs.Assumptions.model_fields.keys()
+    assert costs.split_assumptions(["steps=3"]) == (None, ["steps=3"])
+    with pytest.raises(ConfigError, match="gpus"):
+        costs.split_assumptions(["gpus=-1"])
+
+
+def test_page_is_what_the_command_writes_for_the_smallest_model() -> None:
+    page, step = scaling.PAGE.read_text(encoding="utf-8"), scaling.facts("ViT-S/16")
+    rows = [scaling.flops_row("ViT-S/16", step), scaling.checkpoint_row("ViT-S/16", step)]
+    for row in [*rows, *scaling.traffic_rows("ViT-S/16", step), *scaling.run_rows("ViT-S/16", step)]:
+        assert f"| {' | '.join(row)} |" in page, "docs/scaling.md: run python benchmarks/scaling.py --write"
+
+
+@pytest.mark.slow
+def test_page_is_what_the_command_writes() -> None:
+    assert scaling.PAGE.read_text(encoding="utf-8") == scaling.page(scaling.kept_memory_table())
+
+
+@pytest.mark.slow
+def test_memory_is_near_the_measured_peak() -> None:
+    (row,) = [line for line in scaling.memory_table([("ViT-Ti/16", 8)]).splitlines() if "ViT-Ti" in line]
+    assert abs(float(row.split("|")[-2].rstrip("% "))) < 20
