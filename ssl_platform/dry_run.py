@@ -264,7 +264,7 @@ def _without_collector() -> Iterator[None]:
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Of the two products, from the shapes (batch, heads, tokens, width)."""
     batch, heads, tokens, width = query
-    return 2 * batch * heads * tokens * key[2] * (width + value[3])
+    return int(2 * batch * heads * tokens * key[2] * (width + value[3]))
 
 
 def _positions(indices: Any) -> list[Any]:

@@ -39,7 +39,7 @@ IMAGE = {"name": "image", "patch_size": 8, "crops": {"global": {"size": 32}, "lo
 
 
 def networks(**backbone: Any) -> dict[str, Any]:
-    return {"student": {"backbone": backbone}, "teacher": {"update": "ema", "of": "student"}}
+    return {"student": {"backbone": backbone}, "teacher": {"update": "ema", "of": "student", "mode": "train"}}
 
 
 def by_timm(model: str) -> dict[str, Any]:
