@@ -43,9 +43,10 @@ def networks(**backbone: Any) -> dict[str, Any]:
 
 
 def by_timm(model: str) -> dict[str, Any]:
+    modality = IMAGE | {"crops": {"global": {"size": 64}, "local": {"num": 1, "size": 32}}}
     objectives = {"dino": engine.DINO | {"masks": {}}}
     return {
-        "modality": IMAGE,
+        "modality": modality,
         "masks": {},
         "networks": networks(name="timm_models", model=model),
         "objectives": objectives,
