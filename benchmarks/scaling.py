@@ -16,7 +16,7 @@ import torch
 from ssl_platform import costs
 from ssl_platform.config import validate
 from ssl_platform.dry_run import StepFacts
-from ssl_platform.estimate import calculate, memories, random_batch, readable, traffics
+from ssl_platform.estimate import calculate, memories, random_batch, readable, traffics, way_of
 from ssl_platform.recipe import Recipe
 from ssl_platform.step import build, train_step
 
@@ -132,6 +132,7 @@ def run_rows(name: str, step: StepFacts) -> list[list[str]]:
 def page(measured: str) -> str:
     """The whole document; `measured` is the table of `--memory`, kept from when it was measured."""
     steps = {name: facts(name) for name in MODELS}
+    others = way_of(recipe("ViT-S/16", BATCH))[1]
     mfu = f"{costs.Assumptions(gpus=1).mfu:.0%} MFU (assumed)"
     flops = table(
         ["model", "trained", "a sample", *steps["ViT-S/16"].flops_by_part],
@@ -167,7 +168,7 @@ path leaves out do not count. Recomputing blocks would add up to a third of the 
 
 The parts, in GB: weights with gradients and AdamW's moments; teacher; activations; blocks gathered from shards.
 "Recomputed": blocks keep their input only. Attention is torch's fused kernel, which keeps no N x N matrix.
-`ssl-train` copies the whole model to each GPU today; the rows of FSDP2 say what sharding over all GPUs would take.
+{others}.
 
 {memory}
 The calculation against the peak of real steps on the CPU (`python benchmarks/scaling.py --memory`; fp32, 8,192
@@ -180,6 +181,7 @@ the allocator's fragmentation and the buffers of cuBLAS and NCCL come on top.
 Bytes that a GPU sends in a step, on a ring, and their share of a step in which nothing overlaps with computing: 450 GB/s
 inside a machine of 8, 50 GB/s between machines (400 Gbit/s InfiniBand for each GPU), {mfu}. FSDP2 gathers in
 bf16 and scatters gradients in float32 over all GPUs. The last column is what the objectives' centers take of either.
+Peak rates, memory and links of GPUs are those of NVIDIA's data sheets, cited in `ssl_platform/costs.py`.
 
 {traffic}
 ## Checkpoints

@@ -63,6 +63,7 @@ class Rank:
         self.process = subprocess.Popen(
             command,
             env=environment,
+            stdin=subprocess.DEVNULL,  # in a process group of its own, asking the terminal would stop it for good
             stdout=None if number == 0 else subprocess.PIPE,
             stderr=None if number == 0 else subprocess.STDOUT,
             process_group=0,  # Ctrl-C reaches the launcher alone, and workers can be ended with their rank
@@ -96,9 +97,12 @@ def _end_with(launcher: int) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns the exit code of the run: that of the rank that failed first, 128 + N after signal N."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if not arguments or {"-h", "--help"} & set(arguments):
+    if {"-h", "--help"} & set(arguments):
         sys.stdout.write(USAGE)
-        return 0 if arguments else 2
+        return 0
+    if (config := config_of(arguments)) is None:
+        sys.stderr.write(USAGE)
+        return 2
     try:
         size, on_cpu, passed = sizes(arguments)
     except ValueError as error:
@@ -107,7 +111,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     with socket.socket() as free:  # the kernel hands out another one to the next run
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return supervise([sys.executable, "-m", PROGRAM, *passed], environments(size, on_cpu, port), run_dir(passed))
+    return supervise(
+        [sys.executable, "-m", PROGRAM, *passed], environments(size, on_cpu, port), run_dir(config, passed)
+    )
+
+
+def config_of(arguments: Sequence[str]) -> Path | None:
+    """The file among the arguments; None if there is none."""
+    found = [argument for argument in arguments if "=" not in argument and not argument.startswith("-")]
+    return Path(found[0]) if found else None
 
 
 def sizes(arguments: Sequence[str]) -> tuple[int, bool, list[str]]:
@@ -123,6 +135,11 @@ def sizes(arguments: Sequence[str]) -> tuple[int, bool, list[str]]:
         return int(asked["processes"]), True, passed
     found = num_gpus()
     if "gpus" in asked and int(asked["gpus"]) > found:
+        if "--estimate" in arguments:
+            raise ValueError(
+                f"gpus={asked['gpus']}: torch finds {found} on this machine, and --estimate measures on those that are "
+                "there; `ssl-train CONFIG --estimate gpus=N`, without a launcher, calculates for others"
+            )
         raise ValueError(
             f"gpus={asked['gpus']}: torch finds {found} on this machine; ask for at most as many, look at "
             "CUDA_VISIBLE_DEVICES and `nvidia-smi`, or run on the CPU with processes=N"
@@ -157,11 +174,11 @@ def environments(size: int, on_cpu: bool, port: int) -> list[dict[str, str]]:
     return [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
-def run_dir(arguments: Sequence[str]) -> Path | None:
+def run_dir(config: Path, arguments: Sequence[str]) -> Path | None:
     """Where the run writes; None if the configuration does not say, of which the ranks will complain."""
-    overrides = [argument for argument in arguments[1:] if argument.startswith("run_dir=")]
+    overrides = [argument for argument in arguments if argument.startswith("run_dir=")]
     try:
-        return load_config(_RunDir, Path(arguments[0]), overrides).run_dir if arguments else None
+        return load_config(_RunDir, config, overrides).run_dir
     except (ConfigError, OSError):
         return None
 
@@ -184,12 +201,17 @@ def supervise(command: Sequence[str], ranks_environments: Sequence[dict[str, str
                 ranks.append(Rank(number, command, environment))
         for rank in ranks:
             rank.follow()
-        failed = wait(ranks)
+        failed = wait(ranks, received)
     finally:
         for rank in ranks:
             rank.end()
         for number, handler in previous.items():
             signal.signal(number, handler)
+    if received.count(signal.SIGINT) > 1 and any(rank.process.returncode for rank in ranks):
+        say(
+            "ended by a second Ctrl-C: the steps since the last checkpoint are lost; the same command goes on from there"
+        )
+        return 128 + signal.SIGINT
     if failed is None:
         return 128 + received[0] if len(ranks) < len(ranks_environments) else 0
     code = failed.process.returncode
@@ -198,16 +220,18 @@ def supervise(command: Sequence[str], ranks_environments: Sequence[dict[str, str
     return 128 - code if code < 0 else code
 
 
-def wait(ranks: Sequence[Rank]) -> Rank | None:
+def wait(ranks: Sequence[Rank], received: Sequence[int] = ()) -> Rank | None:
     """Waits until all have ended; returns the one whose end was the cause of the others', None if all is well.
 
     That is the first to end badly by itself, else the first of those that were left behind by one that hangs.
+    `received` grows by the signals that come meanwhile: a second Ctrl-C ends ranks that do not hear it.
     """
     ended: list[Rank] = []
     deadline = float("inf")
     while len(ended) < len(ranks) and time.monotonic() < deadline:
         ended += [rank for rank in ranks if rank not in ended and rank.process.poll() is not None]
-        if deadline == float("inf") and any(rank.process.returncode for rank in ended):
+        failed = any(rank.process.returncode for rank in ended)
+        if deadline == float("inf") and (failed or received.count(signal.SIGINT) > 1):
             deadline = time.monotonic() + GRACE_SECONDS
         time.sleep(POLL_SECONDS)
     bad = [rank for rank in ended if rank.process.returncode]
@@ -222,8 +246,8 @@ def _blame(code: int) -> int:
 def epitaph(rank: Rank, folder: Path | None, received: Sequence[int]) -> str:
     """The last line of a run that failed: which rank, how it ended, its last error and its log."""
     code = rank.process.returncode
-    if code < 0 and -code in received:
-        return f"stopped by {signal.Signals(-code).name} before all ranks had begun; nothing was trained or saved"
+    if (stopped_by := abs(code) % 128) in received and (code < 0 or code > 128):
+        return f"stopped by {signal.Signals(stopped_by).name} before training began, or after it ended; no step is lost"
     how = f"exit code {code}"
     if code < 0:
         how = f"killed by {_signal_name(-code)}"
@@ -231,13 +255,22 @@ def epitaph(rank: Rank, folder: Path | None, received: Sequence[int]) -> str:
     elif code == LEFT_BEHIND:
         how = "ended because of another rank"
     log = folder / "logs" / f"rank-{rank.number}.log" if folder else None
-    wrote = log is not None and log.exists()
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:] if wrote and log else []
-    last = last_error(lines) if code > 0 else ""
-    last = last or (last_error(rank.tail) if code > 0 else "")
+    lines = own_lines(log, rank.process.pid) if log else []
+    wrote = bool(lines)
+    last = (last_error(lines) or last_error(rank.tail)) if code > 0 else ""
     parts = [f"rank {rank.number} failed: {how}", f"last error: {last}" if last else ""]
     parts.append(f"log: {log}" if wrote else "it had no log yet")
     return "; ".join(part for part in parts if part)
+
+
+def own_lines(log: Path, process: int) -> list[str]:
+    """The last lines of a rank's log, from where that process began to write; empty if it did not come so far."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return []
+    begun = [number for number, line in enumerate(lines) if line.endswith(f", process {process}")]
+    return lines[begun[-1] :][-TAIL_LINES:] if begun else []
 
 
 def last_error(lines: Sequence[str] | deque[str]) -> str:

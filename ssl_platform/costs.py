@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from ssl_platform import plain_yaml
 from ssl_platform.config import Config, validate
@@ -24,18 +24,21 @@ class Gpu(NamedTuple):
     """Bytes/s in one direction to the other GPUs of the machine: half of what data sheets call the bandwidth."""
 
 
+# From NVIDIA's data sheets, whose tensor core figures are with sparsity (halved here) and whose links count both directions.
+# Memory is the sheet's too: what CUDA can use of it differs by a few per cent.
 GPUS = {
-    # NVIDIA H100 Tensor Core GPU data sheet: 1,979 (SXM) and 1,513 (PCIe) TFLOPS with sparsity; NVLink 900, PCIe 128 GB/s.
+    # "NVIDIA H100 Tensor Core GPU" data sheet: BFLOAT16 1,979 and 1,513 TFLOPS, FP32 67 and 51; NVLink 900, PCIe 5 128 GB/s.
     "h100_sxm": Gpu(989e12, 67e12, 80e9, 450e9),
-    "h100_pcie": Gpu(756e12, 51e12, 80e9, 64e9),
-    # NVIDIA H200 Tensor Core GPU data sheet: as H100 SXM, with 141 GB.
+    "h100_pcie": Gpu(756e12, 51e12, 80e9, 64e9),  # a bridge of NVLink joins pairs alone
+    # "NVIDIA H200 Tensor Core GPU" data sheet, SXM: as H100 SXM, with 141 GB.
     "h200": Gpu(989e12, 67e12, 141e9, 450e9),
-    # NVIDIA A100 Tensor Core GPU data sheet: NVLink 600, PCIe 64 GB/s.
+    # "NVIDIA A100 Tensor Core GPU" data sheet, 80 GB: BFLOAT16 624, FP32 19.5 TFLOPS; NVLink 600, PCIe 4 64 GB/s.
     "a100_sxm": Gpu(312e12, 19.5e12, 80e9, 300e9),
     "a100_pcie": Gpu(312e12, 19.5e12, 80e9, 32e9),
-    # NVIDIA L40S data sheet: PCIe gen 4 x16, 64 GB/s.
+    # "NVIDIA L40S" data sheet: BFLOAT16 733, FP32 91.6 TFLOPS; PCIe 4 x16, 64 GB/s.
     "l40s": Gpu(362e12, 91.6e12, 48e9, 32e9),
-    # NVIDIA Ada GPU architecture white paper, appendix: BF16 with FP32 accumulate; PCIe gen 4 x16.
+    # "NVIDIA Ada GPU Architecture" white paper, appendix: BF16 with FP32 accumulate 330.4, FP32 82.6 TFLOPS; PCIe 4 x16,
+    # without direct transfers between GPUs, so that less of the link is reached.
     "rtx4090": Gpu(165.2e12, 82.6e12, 24e9, 32e9),
 }
 
@@ -62,6 +65,16 @@ class Assumptions(Config):
         if name not in GPUS:
             raise ValueError(f"'{name}' is not known; there are {', '.join(GPUS)}")
         return name
+
+    @model_validator(mode="after")
+    def _whole_machines(self) -> "Assumptions":
+        if self.gpus > self.gpus_per_node and self.gpus % self.gpus_per_node:
+            below = self.gpus // self.gpus_per_node * self.gpus_per_node
+            raise ValueError(
+                f"gpus: {self.gpus} is not a multiple of gpus_per_node {self.gpus_per_node}; use {below} or "
+                f"{below + self.gpus_per_node}, or say the machine's gpus_per_node"
+            )
+        return self
 
     @property
     def link(self) -> float:
@@ -169,13 +182,16 @@ def fsdp_traffic(
     accumulate: int,
     gpus: int,
     gather_share: float,
+    replicas: int = 1,
 ) -> Traffic:
     """Weights gathered twice and followers once a micro-batch, at `gather_share` of their bytes (.5 for bf16 of fp32).
 
-    Gradients are scattered in float32, once a step.
+    Gradients are scattered in float32, once a step; with `replicas` (HSDP) among gpus / replicas, then summed over those.
     """
-    weights = accumulate * gather_share * all_gather(2 * trained + followers, gpus)
-    return Traffic(all_gather(trained, gpus), weights, _objectives(reduced, gathered, accumulate, gpus))
+    shards = gpus // replicas
+    weights = accumulate * gather_share * all_gather(2 * trained + followers, shards)
+    gradients = all_gather(trained, shards) + all_reduce(trained / shards, replicas)
+    return Traffic(gradients, weights, _objectives(reduced, gathered, accumulate, gpus))
 
 
 def _objectives(reduced: float, gathered: float, accumulate: int, gpus: int) -> float:

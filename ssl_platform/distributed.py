@@ -15,9 +15,20 @@ from torch.nn.parallel import DistributedDataParallel
 
 def environment_world_size() -> int:
     """The number of processes that the launcher (torchrun, submitit) announces; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return _number("WORLD_SIZE", "1", smallest=1)
 
 
+def _number(name: str, default: str, smallest: int = 0) -> int:
+    text = os.environ.get(name, default)
+    if not text.isdecimal() or int(text) < smallest:
+        raise ConnectionError(
+            f"the environment's {name}={text}: expected a whole number from {smallest}, as launchers set it"
+        )
+    return int(text)
+
+
+START_MINUTES = 5.0
+"""At least so long ranks wait for each other when they start: machines begin, and import, at different times."""
 _store: Any = None
 collective_timer: Callable[[], AbstractContextManager[None]] | None = None
 """Set while somebody wants to know the time inside collectives (`stragglers`)."""
@@ -30,25 +41,46 @@ def _timed() -> AbstractContextManager[None]:
 def start(timeout_minutes: float = 10.0) -> torch.device:
     """Joins the launcher's process group, if there is one, and returns this process's device.
 
-    `timeout_minutes` is how long a rank waits for the others, here and in each collective; ConnectionError if they do
-    not come, or if the port of the rendezvous is taken.
+    `timeout_minutes` is how long a rank waits for the others in each collective, and here if longer; ConnectionError if
+    they do not come, if the port of the rendezvous is taken, or if the environment is not such as a launcher makes it.
     """
     global _store
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if environment_world_size() > 1:
+        _check_environment()
+    local_rank = _number("LOCAL_RANK", "0")
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ConnectionError(
+                f"LOCAL_RANK={local_rank}, but torch finds {torch.cuda.device_count()} GPUs here: start one process for "
+                "each GPU, and let each of them see all GPUs of its machine (CUDA_VISIBLE_DEVICES)"
+            )
         torch.cuda.set_device(device)
     if environment_world_size() > 1 and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         timeout = timedelta(minutes=timeout_minutes)
+        patience = max(timeout, timedelta(minutes=START_MINUTES))
         try:
-            found, number, size = next(iter(rendezvous("env://", timeout=timeout)))
+            found, number, size = next(iter(rendezvous("env://", timeout=patience)))
             found.set_timeout(timeout)
             dist.init_process_group(backend, store=found, rank=number, world_size=size, timeout=timeout)
         except (dist.DistError, RuntimeError) as error:
             raise ConnectionError(_apart(error)) from error
         _store = found
     return device
+
+
+def _check_environment() -> None:
+    wanted = ["RANK", "MASTER_ADDR", "MASTER_PORT", *["LOCAL_RANK"] * torch.cuda.is_available()]
+    if missing := [name for name in wanted if not os.environ.get(name)]:
+        raise ConnectionError(
+            f"WORLD_SIZE={environment_world_size()} is set, but {', '.join(missing)} not: start with torchrun or `python -m "
+            "launch.local`, which set all of them (docs/launch.md), or unset WORLD_SIZE for one process"
+        )
+    if (number := _number("RANK", "0")) >= environment_world_size():
+        raise ConnectionError(
+            f"RANK={number} and WORLD_SIZE={environment_world_size()}: ranks count from 0, over all machines"
+        )
 
 
 def _apart(error: Exception) -> str:

@@ -4,15 +4,17 @@ With `gpus=64` it is calculated for other hardware instead, without the memory t
 """
 
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from ssl_platform import costs, distributed
+from ssl_platform import costs, distributed, optim
 from ssl_platform.data.mixture import summary
-from ssl_platform.dry_run import StepFacts, dry_step
+from ssl_platform.dry_run import StepFacts, dry_step, shapes
+from ssl_platform.initialise import initialise
 from ssl_platform.masks import Masks
 from ssl_platform.modalities import Modality
 from ssl_platform.progress import duration, peak_memory
@@ -29,12 +31,12 @@ MEMORY_ERROR = (
 
 
 def estimate(recipe: Recipe, device: torch.device) -> str:
-    """A short report: memory, samples seen, time. Reads the shards' index, no sample; writes nothing."""
+    """A short report: memory, samples seen, time. Reads the shards' index and `init`, no sample; writes nothing."""
     index = open_index(recipe)
     order = open_order(recipe, index)
     modality = build_modality(recipe, index.statistics)
     masks = {name: config.build() for name, config in recipe.masks.items()}
-    parts = build(recipe, modality, len(index), device)
+    parts = build(recipe, modality, len(index), device, fill=partial(initialise, recipe.networks, []))
     size = recipe.batch_size // (recipe.accumulate * distributed.world_size())
     batch = random_batch(modality, masks, size)
     active = stage_plan(recipe)[0].config.objectives or list(recipe.objectives)
@@ -58,19 +60,37 @@ def estimate(recipe: Recipe, device: torch.device) -> str:
         f"{distributed.world_size()} ranks), if data keeps up",
     }
     width = max(map(len, lines))
-    mixture = summary(recipe.data.sources, order, samples) if recipe.data.sources else []
-    return "".join([f"{name:<{width}}  {text}\n" for name, text in lines.items()] + [f"{line}\n" for line in mixture])
+    notes = optim.peak_rates(parts.optimizer, parts.lr, recipe.steps, parts.freeze_last_layer_steps)
+    notes += summary(recipe.data.sources, order, samples) if recipe.data.sources else []
+    return "".join([f"{name:<{width}}  {text}\n" for name, text in lines.items()] + [f"{line}\n" for line in notes])
 
 
 # -- calculated --------------------------------------------------------------------------------------------------------
 
 
 def calculated(recipe: Recipe, assumed: costs.Assumptions) -> str:
-    """A report for hardware that need not be here. Reads the shards' index, no sample; writes and allocates nothing."""
+    """A report for hardware that need not be here. Reads the shards' index and `init`, no sample; writes nothing."""
     index = open_index(recipe)
-    facts = calculate(recipe, build_modality(recipe, index.statistics), assumed.gpus)
+    modality = build_modality(recipe, index.statistics)
+    rates = check_start(recipe, modality)
+    facts = calculate(recipe, modality, assumed.gpus)
     sample_bytes = float((index.stops - index.starts).mean())
-    return costs_report(recipe, assumed, facts, sample_bytes)
+    return costs_report(recipe, assumed, facts, sample_bytes) + "".join(f"{line}\n" for line in rates)
+
+
+def check_start(recipe: Recipe, modality: Modality) -> list[str]:
+    """The peak learning rates in words; ConfigError where an `init` does not fit, whose report is logged, as in a run."""
+    model, settings = shapes(recipe, modality), recipe.optim
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*no-op")  # there is no memory to copy into
+        initialise(recipe.networks, [], dict(model.networks.items()))
+    # Of any kind, for its groups: SGD takes parameters without memory.
+    optimizer = optim.build_optimizer(
+        model.trained_parameters(settings.layer_decay, settings.patch_embed_lr),
+        name="sgd", betas=settings.betas, eps=settings.eps,
+    )  # fmt: skip
+    factor, lr = settings.lr_factor(recipe.batch_size), optim.build_schedule(settings.lr, recipe.steps)
+    return optim.peak_rates(optimizer, lambda step: factor * lr(step), recipe.steps, settings.freeze_last_layer_steps)
 
 
 def calculate(recipe: Recipe, modality: Modality, gpus: int) -> StepFacts:
@@ -81,8 +101,19 @@ def calculate(recipe: Recipe, modality: Modality, gpus: int) -> StepFacts:
     return dry_step(recipe, modality, batch)
 
 
-def memories(facts: StepFacts, gpus: int) -> dict[str, costs.Memory]:
-    """{way to distribute: bytes on each GPU}."""
+COPIES, SHARDS, RECOMPUTED = "one copy a GPU", "FSDP2", ", blocks recomputed"
+
+
+def way_of(recipe: Recipe) -> tuple[str, str]:
+    """(the row of `memories` that is this recipe's own, what to say of the others): all that reads how a run is spread."""
+    return COPIES, (
+        "FSDP2 (parallel.method: fsdp) and recomputed blocks (recompute: true) are not in this version: their rows say "
+        "what they would take"
+    )
+
+
+def memories(facts: StepFacts, gpus: int, replicas: int = 1) -> dict[str, costs.Memory]:
+    """{way to distribute: bytes on each GPU}; `replicas` is how many whole copies FSDP2 keeps (HSDP)."""
     return {
         f"{way}{suffix}": costs.memory(
             trained=facts.trained_bytes,
@@ -94,15 +125,12 @@ def memories(facts: StepFacts, gpus: int) -> dict[str, costs.Memory]:
             largest_unit=facts.largest_unit_bytes,
             shards=shards,
         )
-        for way, shards in {"one copy a GPU": 1, **({"FSDP2": gpus} if gpus > 1 else {})}.items()
-        for suffix, activations in (
-            ("", facts.activations_bytes),
-            (", blocks recomputed", facts.recomputed_activations_bytes),
-        )
+        for way, shards in {COPIES: 1, **({SHARDS: gpus // replicas} if gpus > 1 else {})}.items()
+        for suffix, activations in (("", facts.activations_bytes), (RECOMPUTED, facts.recomputed_activations_bytes))
     }
 
 
-def traffics(recipe: Recipe, facts: StepFacts, gpus: int) -> dict[str, costs.Traffic]:
+def traffics(recipe: Recipe, facts: StepFacts, gpus: int, replicas: int = 1) -> dict[str, costs.Traffic]:
     """{way to distribute: bytes that each GPU sends in a step}."""
     shared = {
         "trained": facts.trained_bytes,
@@ -114,7 +142,7 @@ def traffics(recipe: Recipe, facts: StepFacts, gpus: int) -> dict[str, costs.Tra
     share = 0.5 if recipe.precision == "bf16" else 1.0
     return {
         "DDP": costs.ddp_traffic(**shared),
-        "FSDP2": costs.fsdp_traffic(**shared, followers=facts.followers_bytes, gather_share=share),
+        SHARDS: costs.fsdp_traffic(**shared, followers=facts.followers_bytes, gather_share=share, replicas=replicas),
     }
 
 
@@ -139,11 +167,14 @@ def costs_report(recipe: Recipe, assumed: costs.Assumptions, facts: StepFacts, s
         "(matrix products, forward and backward)",
     }
     lines |= {f"  {part}": f"{readable(value / size, 'FLOP')} a sample" for part, value in facts.flops_by_part.items()}
+    own, others = way_of(recipe)
     for way, each in memories(facts, assumed.gpus).items():
         fits = "fits" if each.total < gpu.memory else "DOES NOT FIT"
         parts = ", ".join(f"{name} {readable(value, 'B')}" for name, value in each._asdict().items() if value)
-        lines[f"memory, {way}"] = f"{readable(each.total, 'B')} of {readable(gpu.memory, 'B')}: {fits} ({parts})"
-    lines["memory's error"] = MEMORY_ERROR
+        lines[f"memory, {way}{' (this recipe)' * (way == own)}"] = (
+            f"{readable(each.total, 'B')} of {readable(gpu.memory, 'B')}: {fits} ({parts})"
+        )
+    lines |= {"other rows": others, "memory's error": MEMORY_ERROR}
     for way, traffic in sent.items() if assumed.gpus > 1 else ():
         lines[f"sent, {way}"] = (
             f"{readable(traffic.total, 'B')} a step and GPU (gradients {readable(traffic.gradients, 'B')}, weights "

@@ -48,11 +48,21 @@ class _ToFile(logging.Filter):
         return not getattr(record, "names_samples", False)
 
 
-def open_rank_log(run_dir: Path) -> IO[str]:
-    """From now on this rank also logs to `run_dir/logs/rank-N.log`, behind what earlier parts of the run left there."""
+def open_rank_log(run_dir: Path) -> IO[str] | None:
+    """From now on this rank also logs to `run_dir/logs/rank-N.log`, behind what earlier parts of the run left there.
+
+    None, with a warning, where that cannot be written, as by a rank on a machine that does not have the folder.
+    """
     path = run_dir / "logs" / f"rank-{distributed.rank()}.log"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stream = path.open("a", encoding="utf-8")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("a", encoding="utf-8")
+    except OSError as error:
+        logger.warning(
+            "rank %d goes on without a log of its own: %s cannot be written (%s)",
+            distributed.rank(), path, error.strerror,
+        )  # fmt: skip
+        return None
     handler = logging.StreamHandler(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     level = logger.level

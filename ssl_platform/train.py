@@ -4,6 +4,7 @@ Read it as: main (configuration) -> train (parts, then stages) -> run_stage (loo
 """
 
 import argparse
+import signal
 import sys
 import traceback
 from collections.abc import Generator, Iterator, Sequence
@@ -38,9 +39,12 @@ from ssl_platform.views import Batch
 
 # -- configuration -----------------------------------------------------------------------------------------------------
 
+INTERRUPTED = 128 + signal.SIGINT
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command; returns its exit code (0 finished or stopped by a signal after saving, 1 refused or failed).
+    """The command; returns its exit code (0 finished or stopped by a signal after saving, 1 refused or failed, 130
+    interrupted without saving).
 
     With several ranks it ends the process itself where one failed, with 3 if that was another rank (`peers`).
     """
@@ -109,7 +113,12 @@ keys: docs/configuration.md""",
         logger.error("%s", error)
         peers.leave(1)
         return 1
-    except BaseException as error:
+    except KeyboardInterrupt as error:
+        peers.ends_with(error)
+        logger.error("interrupted: the steps since the last checkpoint are lost; the same command goes on from there")
+        peers.leave(INTERRUPTED)
+        return INTERRUPTED
+    except BaseException as error:  # of any kind, even SystemExit: the other ranks must be told
         if blame := peers.ends_with(error):
             to_rank_log("%s", traceback.format_exc())
             logger.error("%s", blame)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_platform import costs, distributed
 from ssl_platform.config import ConfigError
-from ssl_platform.estimate import calculate, random_batch
+from ssl_platform.estimate import calculate, check_start, random_batch
 from ssl_platform.recipe import Recipe, load_recipe
 from ssl_platform.step import build
 from ssl_platform.train import main
@@ -38,26 +38,40 @@ def counted_by_torch(recipe: Recipe) -> int:
 IMAGE = {"name": "image", "patch_size": 8, "crops": {"global": {"size": 32}, "local": {"num": 3, "size": 16}}}
 
 
+def networks(**backbone: Any) -> dict[str, Any]:
+    return {"student": {"backbone": backbone}, "teacher": {"update": "ema", "of": "student", "mode": "train"}}
+
+
+def by_timm(model: str) -> dict[str, Any]:
+    modality = IMAGE | {"crops": {"global": {"size": 64}, "local": {"num": 1, "size": 32}}}
+    objectives = {"dino": engine.DINO | {"masks": {}}}
+    return {
+        "modality": modality,
+        "masks": {},
+        "networks": networks(name="timm_models", model=model),
+        "objectives": objectives,
+    }
+
+
+VERSIONS = {"block": {"name": "random", "ratio": [0.5, 0.5], "probability": 1.0, "num_masks": 2}}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {},
-        {"masks": {"block": {"name": "random", "ratio": [0.5, 0.5], "probability": 1.0, "num_masks": 2}}},
-        {"networks": engine.settings()["networks"] | {"student": {"backbone": engine.VIT | {"drop_path": 0.3}}}},
-        {"networks": engine.settings()["networks"] | {"student": {"backbone": engine.VIT | {"ffn": "swiglu"}}}},
         {"precision": "bf16"},
-        {"objectives": {"dino": engine.DINO | {"masks": {}, "targets": "sinkhorn"}}, "masks": {}},
         {
             "modality": IMAGE,
-            "masks": {},
-            "networks": {
-                "student": {"backbone": {"name": "timm_models", "model": "vit_tiny_patch16_224"}},
-                "teacher": {"update": "ema", "of": "student"},
-            },
-            "objectives": {"dino": engine.DINO | {"masks": {}}},
+            "masks": VERSIONS,
+            "networks": networks(**engine.VIT, num_registers=2, drop_path=0.3, ffn="swiglu"),
         },
+        {"objectives": {"dino": engine.DINO | {"mode": "drop", "targets": "sinkhorn"}}, "masks": VERSIONS},
+        by_timm("test_vit"),
+        pytest.param(by_timm("test_convnext"), marks=pytest.mark.slow),
+        pytest.param(by_timm("test_efficientnet"), marks=pytest.mark.slow),
+        pytest.param({"networks": networks(**(engine.VIT | {"layer_scale": 1e-5}))}, marks=pytest.mark.slow),
     ],
-    ids=["plain", "masked versions", "drop path", "swiglu", "bf16", "dino alone", "without a formula"],
+    ids=["bf16", "registers to local", "left out", "timm", "convnext", "efficientnet", "layer scale"],
 )
 def test_flops_equal_torchs_counter(changes: dict[str, Any]) -> None:
     recipe = engine.recipe(**changes)
@@ -67,7 +81,7 @@ def test_flops_equal_torchs_counter(changes: dict[str, Any]) -> None:
 
 
 def test_parameters_are_counted_and_recomputing_blocks_keeps_less() -> None:
-    recipe = engine.recipe(modality=IMAGE, networks={"student": {"backbone": engine.VIT | {"depth": 8}}} | {
+    recipe = engine.recipe(modality=IMAGE, networks={"student": {"backbone": engine.VIT | {"depth": 4}}} | {
         "teacher": {"update": "ema", "of": "student"}
     })  # fmt: skip
     state = torch.get_rng_state()
@@ -80,7 +94,7 @@ def test_parameters_are_counted_and_recomputing_blocks_keeps_less() -> None:
     assert plain.moments_bytes == 8 * plain.trained + 4 * sum(map(len, parameters))
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=pytest.mark.slow)])
 def test_size_of_a_real_checkpoint(tmp_path: Path, optimizer: str) -> None:
     overrides = [f"run_dir={tmp_path}", "steps=1", f"optim.name={optimizer}", "tensorboard=false"]
     overrides += ["optim.lr=1e-4"] if optimizer == "sgd" else []
@@ -91,7 +105,7 @@ def test_size_of_a_real_checkpoint(tmp_path: Path, optimizer: str) -> None:
     assert expected == pytest.approx(sum(file.stat().st_size for file in files), rel=0.01)
 
 
-@pytest.mark.parametrize("targets", ["centering", "sinkhorn"])
+@pytest.mark.parametrize("targets", ["centering", pytest.param("sinkhorn", marks=pytest.mark.slow)])
 def test_objectives_collectives_are_those_that_run(targets: str, monkeypatch: pytest.MonkeyPatch) -> None:
     objectives = {
         "dino": engine.DINO | {"targets": targets},
@@ -124,6 +138,9 @@ def test_arithmetic() -> None:
     assert ddp == (100, 0, 30)
     fsdp = costs.fsdp_traffic(trained=100, followers=100, reduced=0, gathered=0, accumulate=2, gpus=2, gather_share=0.5)
     assert fsdp == (50, 150, 0)
+    numbers = {"trained": 100, "followers": 100, "reduced": 0, "gathered": 0, "accumulate": 1, "gather_share": 1.0}
+    two_by_four = costs.fsdp_traffic(**numbers, gpus=8, replicas=2)
+    assert two_by_four == (75 + 25, 225, 0), "scattered among 4, then a quarter is summed over 2"
     time = costs.step_time(flops=100, peak=100, mfu=0.5, sent=20, link=10)
     assert time == (2, 2) and time.share == 0.5
     assert costs.Assumptions(gpus=8).link == 450e9 and costs.Assumptions(gpus=16).link == 50e9
@@ -135,7 +152,9 @@ def test_the_command_calculates(tmp_path: Path, capsys: pytest.CaptureFixture[st
     for words in (
         "4 x a100_sxm, 2 samples each",
         "teacher's dino head",
+        "memory, one copy a GPU (this recipe)",
         "memory, FSDP2",
+        "peak learning rate of network student: 1.00e-03",
         "fits",
         "sent, DDP",
         "(assumed)",
@@ -156,6 +175,8 @@ def test_the_command_calculates(tmp_path: Path, capsys: pytest.CaptureFixture[st
         (["gpus=2", "mfu="], "mfu"),
         (["gpus=2", "gpus=x"], "gpus: input should be a valid integer"),
         (["gpus=2", "disc=3"], "disc: unknown key"),
+        (["gpus=12"], "gpus: 12 is not a multiple of gpus_per_node 8; use 8 or 16"),
+        (["gpus=2", "networks.student.init={path: none.pth}"], "networks.student.init: "),
     ],
 )
 def test_bad_input_is_named(given: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -178,6 +199,20 @@ def test_assumptions_are_no_keys_of_a_run() -> None:
         costs.split_assumptions(["gpus=-1"])
 
 
+def test_an_init_that_does_not_fit_is_told_without_the_memory_of_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(SMOKE), f"run_dir={tmp_path / 'a'}", "steps=1", "tensorboard=false"]) == 0
+    init = f"networks.student.init={{path: {tmp_path / 'a'}, freeze_steps: 2}}"
+    deeper = ["networks.student.backbone.depth=3"]
+    assert main([str(SMOKE), "--estimate", "gpus=2", init, *deeper]) == 1
+    assert "missing in the file (" in (said := capsys.readouterr().err) and "depth" in said
+    recipe = load_recipe(SMOKE, [init])
+    lines = check_start(recipe, recipe.modality.build({"mean": [0.5] * 3, "std": [0.5] * 3}))
+    assert lines[0] == "peak learning rate of network student: 1.00e-03; 0 in the first 2 steps"
+
+
+@pytest.mark.slow
 def test_page_is_what_the_command_writes_for_the_smallest_model() -> None:
     page, step = scaling.PAGE.read_text(encoding="utf-8"), scaling.facts("ViT-S/16")
     rows = [scaling.flops_row("ViT-S/16", step), scaling.checkpoint_row("ViT-S/16", step)]

@@ -14,14 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from launch import local
+from ssl_platform import distributed, peers
+from ssl_platform.train import main
 from tests.test_resume import wait_for_step
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "configs" / "smoke" / "image.yaml"
 QUIET = ["log_every=1", "tensorboard=false", "monitor_every=0", "data.window_shards=3"]
-LIMIT = 100
+LIMIT = 200
 
 
 @contextmanager
@@ -75,53 +78,54 @@ def wait_until_gone(folder: Path, seconds: float = 20) -> None:
         time.sleep(0.05)
 
 
-ALIKE = ["steps=3", "save_every=3", "objectives.koleo.scope=global", "networks.student.backbone.drop_path=0.0"]
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("alone")
-    code, said = run(str(SMOKE), "processes=1", f"run_dir={folder}", *QUIET, *ALIKE)
-    assert code == 0, said
-    return lines(folder)
-
-
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_losses_equal_those_of_one_process(processes: int, alone: list[dict[str, Any]], tmp_path: Path) -> None:
-    code, said = run(str(SMOKE), f"processes={processes}", f"run_dir={tmp_path}", *QUIET, *ALIKE)
-    assert code == 0 and f"{processes} ranks on cpu" in said
-    first = lines(tmp_path)[0]
-    names = ["loss", "dino_global", "dino_local", "ibot", "koleo"]
-    assert [first[name] for name in names] == pytest.approx([alone[0][name] for name in names], rel=1e-5)
-    assert "slowest_rank" not in alone[0] and 0 <= first["slowest_rank"] < processes
-    logs = sorted(path.name for path in (tmp_path / "logs").iterdir())
-    assert logs == [f"rank-{rank}.log" for rank in range(processes)]
-    assert "step 3/3" in (tmp_path / "logs" / f"rank-{processes - 1}.log").read_text()
-    assert said.count("step 3/3") == 1, "rank 0 alone is on the terminal"
+ALIKE = ["objectives.koleo.scope=global", "networks.student.backbone.drop_path=0.0"]
 
 
 @pytest.mark.parametrize(
-    "number",
+    ("processes", "number"),
     [
-        pytest.param(signal.SIGTERM, id="TERM"),
-        pytest.param(signal.SIGUSR1, id="USR1", marks=pytest.mark.slow),
-        pytest.param(signal.SIGINT, id="Ctrl-C", marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGTERM, id="2, TERM"),
+        pytest.param(4, signal.SIGUSR1, id="4, USR1", marks=pytest.mark.slow),
+        pytest.param(2, signal.SIGINT, id="2, Ctrl-C", marks=pytest.mark.slow),
     ],
 )
-def test_a_signal_saves_and_the_same_command_goes_on(number: int, tmp_path: Path) -> None:
-    arguments = [str(SMOKE), "processes=2", f"run_dir={tmp_path}", *QUIET, "save_every=1000"]
+def test_losses_equal_those_of_one_process_and_a_signal_saves(processes: int, number: int, tmp_path: Path) -> None:
+    assert main([str(SMOKE), f"run_dir={tmp_path / 'alone'}", *QUIET, *ALIKE, "steps=1"]) == 0
+    alone, folder = lines(tmp_path / "alone")[0], tmp_path / "a"
+    arguments = [str(SMOKE), f"processes={processes}", f"run_dir={folder}", *QUIET, *ALIKE, "save_every=1000"]
     with launched(*arguments, "steps=100000") as process:
-        wait_for_step(tmp_path, 3, process)
+        wait_for_step(folder, 3, process)
         process.send_signal(number)
         _, said = process.communicate(timeout=LIMIT)
-    assert process.returncode == 0 and f"stopped by {signal.Signals(number).name} after step" in said
-    stopped = lines(tmp_path)[-1]["step"]
-    assert (tmp_path / f"checkpoints/step_{stopped:08d}").is_dir() and not processes_of(tmp_path)
-    if number == signal.SIGTERM:
+    assert process.returncode == 0 and f"stopped by {signal.Signals(number).name} after step" in said, said
+    assert f"{processes} ranks on cpu" in said and said.count("step 3/") == 1, "rank 0 alone is on the terminal"
+    first, stopped = lines(folder)[0], lines(folder)[-1]["step"]
+    names = ["loss", "dino_global", "dino_local", "ibot", "koleo"]
+    assert [first[name] for name in names] == pytest.approx([alone[name] for name in names], rel=1e-5)
+    assert "slowest_rank" not in alone and 0 <= first["slowest_rank"] < processes
+    logs = sorted(path.name for path in (folder / "logs").iterdir())
+    assert logs == [f"rank-{rank}.log" for rank in range(processes)]
+    assert f"step {stopped}/" in (folder / "logs" / f"rank-{processes - 1}.log").read_text()
+    assert (folder / f"checkpoints/step_{stopped:08d}").is_dir() and not processes_of(folder)
+    if number == signal.SIGINT:
         code, said = run(*arguments, f"steps={stopped + 1}")
         assert code == 0 and f"after step {stopped}" in said
-        assert [line["step"] for line in lines(tmp_path)] == list(range(1, stopped + 2))
-        assert (tmp_path / "logs/rank-1.log").read_text().count("rank 1 of 2, process") == 2, "appended"
+        assert [line["step"] for line in lines(folder)] == list(range(1, stopped + 2))
+        assert (folder / "logs/rank-1.log").read_text().count("rank 1 of 2, process") == 2, "appended"
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_ends_ranks_that_hang(tmp_path: Path) -> None:
+    spec = "objectives.trouble={name: tests.trouble, kind: hang}"
+    with launched(str(SMOKE), "processes=2", f"run_dir={tmp_path}", *QUIET, spec) as process:
+        wait_for_step(tmp_path, 2, process)
+        time.sleep(1)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.5)
+        _, said = process.communicate(timeout=LIMIT)
+    assert process.returncode == 130 and "ended by a second Ctrl-C" in said.splitlines()[-1], said
+    assert "Traceback" not in said and not processes_of(tmp_path)
 
 
 def test_a_rank_that_raises_is_named_with_its_error_and_log(tmp_path: Path) -> None:
@@ -135,6 +139,13 @@ def test_a_rank_that_raises_is_named_with_its_error_and_log(tmp_path: Path) -> N
     )
     assert "Traceback" not in said and "gloo" not in said
     assert "Traceback" in log.read_text() and not processes_of(tmp_path)
+
+
+def test_an_error_of_an_earlier_part_of_the_run_is_not_told_again(tmp_path: Path) -> None:
+    log = tmp_path / "rank-1.log"
+    log.write_text("x INFO rank 1 of 2, process 12\n2026 ERROR old\nx INFO rank 1 of 2, process 345\nx INFO new\n")
+    assert local.own_lines(log, 345) == ["x INFO rank 1 of 2, process 345", "x INFO new"]
+    assert local.own_lines(log, 45) == [] == local.own_lines(tmp_path / "none", 345)
 
 
 @pytest.mark.slow
@@ -159,20 +170,24 @@ def test_a_rank_that_is_killed(tmp_path: Path) -> None:
 def test_the_rank_that_holds_the_rendezvous_is_killed(tmp_path: Path) -> None:
     code, said = trouble(tmp_path, "kill", "objectives.trouble.rank=0")
     assert code == 128 + signal.SIGKILL and "rank 0 failed: killed by SIGKILL" in said.splitlines()[-1]
-    assert "step 3" in (text := (tmp_path / "logs/rank-1.log").read_text()) and "rank 0, which holds" in text
+    last = (tmp_path / "logs/rank-1.log").read_text()
+    assert re.search(
+        r"step 3, .*rank 0, which holds the rendezvous, is gone, last seen at step \d, .*: killed, or", last
+    )
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs(tmp_path: Path) -> None:
-    code, said = trouble(tmp_path, "hang", "collective_timeout_minutes=0.05")
-    assert code == local.LEFT_BEHIND
-    assert "rank 1 did not arrive: it is at step 3, the forward pass" in said, said
+    code, said = trouble(tmp_path, "hang", "collective_timeout_minutes=0.1")
+    assert code == 1 and re.search(r"rank 1 (did not arrive: it is|ended) at step 3, the forward pass", said), said
+    assert "rank 1 failed: exit code 1; last error: step 3, the forward pass: rank 1 is here" in said.splitlines()[-1]
     assert "in begin" in (tmp_path / "logs/rank-1.log").read_text(), "the stack says where it hangs"
     assert not processes_of(tmp_path)
 
 
 @pytest.mark.slow
 def test_a_rank_that_is_paused(tmp_path: Path) -> None:
-    code, said = trouble(tmp_path, "pause", "collective_timeout_minutes=0.05")
+    code, said = trouble(tmp_path, "pause", "collective_timeout_minutes=0.1")
     assert code == local.LEFT_BEHIND
     assert "no sign of life from rank 1, last seen at step" in said.splitlines()[-1]
     assert not processes_of(tmp_path)
@@ -203,6 +218,7 @@ def test_nothing_outlives_a_launcher_that_is_killed(tmp_path: Path) -> None:
     wait_until_gone(tmp_path)
 
 
+@pytest.mark.slow
 def test_errors_of_a_configuration_are_told_once(tmp_path: Path) -> None:
     code, said = run(str(SMOKE), "processes=2", f"run_dir={tmp_path / 'a'}", "optim.lrr=1")
     assert code == 1 and said.count("optim.lrr: unknown key; did you mean 'lr'?") == 1
@@ -236,13 +252,28 @@ def test_a_port_in_use_is_told(tmp_path: Path) -> None:
     assert "Traceback" not in said
 
 
-def test_ranks_that_do_not_come_are_told(tmp_path: Path) -> None:
-    ranks = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-    arguments = [str(SMOKE), f"run_dir={tmp_path / 'a'}", "collective_timeout_minutes=0.02"]
-    with launched(*arguments, program="ssl_platform.train", MASTER_PORT="0", **ranks) as process:
-        _, said = process.communicate(timeout=LIMIT)
-    assert process.returncode == 1 and "rank 0 of 2 does not meet the others at 127.0.0.1:0" in said
-    assert "Traceback" not in said
+RANKS = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, "rank 0 of 2 does not meet the others at 127.0.0.1:0"),
+        ({"RANK": None, "MASTER_PORT": None}, "WORLD_SIZE=2 is set, but RANK, MASTER_PORT not: start with torchrun or"),
+        ({"RANK": "2"}, "RANK=2 and WORLD_SIZE=2: ranks count from 0"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two: expected a whole number from 1"),
+    ],
+    ids=["alone", "not all set", "too many", "no number"],
+)
+def test_ranks_that_cannot_meet_are_told(
+    changes: dict[str, str | None], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(distributed, "START_MINUTES", 0.0)
+    for name, value in (RANKS | changes).items():
+        monkeypatch.setenv(name, value) if value is not None else monkeypatch.delenv(name, raising=False)
+    assert main([str(SMOKE), "--estimate", "collective_timeout_minutes=0.02"]) == 1
+    said = capsys.readouterr().err
+    assert expected in said and "Traceback" not in said
 
 
 @pytest.mark.parametrize(
@@ -252,11 +283,100 @@ def test_ranks_that_do_not_come_are_told(tmp_path: Path) -> None:
         (["c.yaml", "gpus=x"], "gpus=x: expected a whole number from 1"),
         (["c.yaml", "processes=0"], "processes=0: expected a whole number from 1"),
         (["c.yaml", "gpus=1000"], "gpus=1000: torch finds"),
+        (["c.yaml", "--estimate", "gpus=1000"], "`ssl-train CONFIG --estimate gpus=N`, without a launcher"),
+        (["processes=2"], "usage: python -m launch.local CONFIG"),
+        ([], "usage: python -m launch.local CONFIG"),
     ],
 )
-def test_bad_arguments(arguments: list[str], expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments(
+    arguments: list[str], expected: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(local, "num_gpus", lambda: 0)
     assert local.main(arguments) == 2
     assert expected in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "received", "expected"),
+    [
+        (-signal.SIGKILL, [], "rank 1 failed: killed by SIGKILL: out of memory?"),
+        (-signal.SIGTERM, [signal.SIGTERM], "stopped by SIGTERM before training began"),
+        (130, [signal.SIGINT], "stopped by SIGINT before training began"),
+        (130, [], "rank 1 failed: exit code 130; it had no log yet"),
+        (local.LEFT_BEHIND, [], "rank 1 failed: ended because of another rank"),
+    ],
+)
+def test_the_last_line(code: int, received: list[int], expected: str, tmp_path: Path) -> None:
+    rank = local.Rank(1, [sys.executable, "-c", ""], dict(os.environ))
+    rank.process.wait()
+    rank.process.returncode = code
+    assert local.epitaph(rank, tmp_path, received).startswith(expected)
+
+
+def test_an_interrupt_outside_of_a_step_is_told_without_a_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("ssl_platform.train.open_index", interrupted)
+    assert main([str(SMOKE), f"run_dir={tmp_path}"]) == 130
+    assert "interrupted: the steps since the last checkpoint are lost" in capsys.readouterr().err
+
+
+def test_a_log_that_cannot_be_written_is_told_and_the_run_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").write_text("a file where the folder should be")
+    assert main([str(SMOKE), f"run_dir={tmp_path}", "steps=1", "tensorboard=false"]) == 0
+    assert f"rank 0 goes on without a log of its own: {tmp_path / 'logs/rank-0.log'}" in capsys.readouterr().err
+
+
+def three_ranks(store: Any, seconds: float = 60) -> list[peers._Watch]:
+    """Of one process, at the forward pass of step 3; their threads have ended."""
+    watches = []
+    for rank in range(3):
+        here = peers._Process()
+        here.place = peers.Place(5, 3, "the forward pass", time.monotonic(), True)
+        watches.append(peers._Watch(here, store, rank, 3, seconds, lambda text: None))
+        watches[-1].over.set()
+    return watches
+
+
+def test_who_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(peers, "SILENT_SECONDS", 0.01)
+    zero, one, two = three_ranks(dist.HashStore())
+    assert "no sign of life from rank 1, last seen at step 3, the forward pass, for 0 s, rank 2, last" in zero.missing()
+    monkeypatch.setattr(zero, "beat", lambda: [watch.__class__.beat(watch) for watch in (zero, one, two)])
+    assert "every rank is alive and at the same place" in zero.missing()
+    zero.here.place = zero.here.place._replace(number=6, doing="the backward pass")
+    two.here.place = two.here.place._replace(number=6, doing="the backward pass")
+    text = (
+        "step 3, the backward pass: rank 0 waited in vain for 0 s (collective_timeout_minutes=1); rank 1 did not arrive"
+    )
+    assert zero.account("timed out").startswith(text) and not zero.late
+    monkeypatch.setattr(one, "beat", zero.beat)
+    assert "rank 1 is here for 0 s" in one.account("timed out") and one.late
+    one.tell_others("it hung there")
+    assert two.account("left behind").endswith(
+        "was left behind; rank 1 ended at step 3, the forward pass: it hung there"
+    )
+
+
+def test_an_error_is_told_even_when_the_rendezvous_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Gone:
+        def set(self, *_: object) -> None:
+            raise RuntimeError("the store is gone")
+
+        check = get = set
+
+    watch = three_ranks(dist.HashStore())[1]
+    watch.store, watch.holder = Gone(), [9, 5, 3, "the forward pass", 0.2]
+    monkeypatch.setattr(peers._here, "watch", watch)
+    assert peers.ends_with(ValueError("mine")) == ""
+    gone = "rank 0, which holds the rendezvous, is gone, last seen at step 3, the forward pass, for 0 s: killed, or"
+    assert gone in peers.ends_with(RuntimeError("gloo: Connection closed by peer"))
 
 
 def test_threads_and_ranks_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
