@@ -1,14 +1,9 @@
 """Starting a network from other weights: strict, with a report of what matched, was resized, left fresh or unused."""
 
-import json
 import math
-import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,100 +14,102 @@ from ssl_platform.backbones._positions import interpolate_positions
 from ssl_platform.backbones._resizing import adapt_channels, resize_patches
 from ssl_platform.backbones.timm_models import TimmBackbone
 from ssl_platform.backbones.vit import VisionTransformer
-from ssl_platform.config import ConfigError
+from ssl_platform.config import ConfigError, PluginConfig
+from ssl_platform.init_report import Report, misfit, size_text
 from ssl_platform.log import logger
 from ssl_platform.patch_embed import GridPatchEmbed
 from ssl_platform.recipe import InitConfig, NetworkConfig
 from ssl_platform.weights import Weights, read
 
-NUM_SHOWN = 20
 _HEADS = ("head.", "head_dist.", "fc_norm.", "fc.", "dino_head.", "ibot_head.")
 
 
-@dataclass
-class Report:
-    """What became of every tensor of a network and of a file; `init.json` keeps it."""
-
-    network: str
-    source: str
-    layout: str
-    sha256: str | None
-    matched: list[str] = field(default_factory=list)
-    resized: dict[str, str] = field(default_factory=dict)
-    """{key: what was done}"""
-    fresh: list[str] = field(default_factory=list)
-    """Not in the file: they keep their random initialisation."""
-    unused: list[str] = field(default_factory=list)
-    """In the file but not in the network; `allow_unused` names them."""
-    heads_left_out: list[str] = field(default_factory=list)
-    freeze_steps: int = 0
-
-    def lines(self) -> list[str]:
-        """For the log."""
-        digest = f", sha256 {self.sha256[:12]}" if self.sha256 else ""
-        total = len(self.matched) + len(self.resized) + len(self.fresh)
-        lines = [
-            f"network {self.network} starts from {self.source} ({self.layout} format{digest}): {len(self.matched)} of "
-            f"{total} keys matched, {len(self.resized)} resized, {len(self.fresh)} fresh; of the file "
-            f"{len(self.unused)} unused, {len(self.heads_left_out)} of heads left out"
-        ]
-        lines += [f"  resized {key}: {how}" for key, how in self.resized.items()]
-        for title, keys in (("fresh", self.fresh), ("unused", self.unused), ("heads", self.heads_left_out)):
-            lines += [f"  {title}: {_shown(keys)}"] * bool(keys)
-        if self.freeze_steps:
-            lines.append(f"  learning rate 0 for its first {self.freeze_steps} steps (init.freeze_steps)")
-        return lines
-
-
-def initialise(configs: Mapping[str, NetworkConfig], reports: list[Report], networks: dict[str, nn.Module]) -> None:
-    """Fills `networks` from their `init` and adds a report of each; raises ConfigError on every rank if it is on one.
+class Initialiser:
+    """Fills networks and heads from the `init` of networks; raises ConfigError on every rank if it is on one.
 
     Random generators are left as they were, so heads start alike with and without `init`.
     """
-    for name, config in configs.items():
-        if config.init is None:
-            continue
-        if distributed.rank() == 0:  # first, so that what timm fetches is there for the others
-            found = _attempt(name, config.init, networks[name])
-        problem = distributed.from_rank_zero(found if distributed.rank() == 0 and isinstance(found, str) else None)
-        if problem is None:
-            if distributed.rank() > 0:
-                found = _attempt(name, config.init, networks[name])
-            problems = [item for item in distributed.gather_objects(found if isinstance(found, str) else None) if item]
-            problem = problems[0] if problems else None
-        if problem is not None:
-            raise ConfigError(problem.split("\n"))
-        assert isinstance(found, Report)
-        reports.append(found)
-        for line in found.lines():
-            logger.info("%s", line)
 
+    def __init__(self, configs: Mapping[str, NetworkConfig], heads: Mapping[str, PluginConfig]) -> None:
+        self.reports: list[Report] = []
+        """One for each network that was filled."""
+        self._configs = {name: config.init for name, config in configs.items() if config.init is not None}
+        self._owners: dict[str, str] = {name: head.network for name, head in heads.items()}  # type: ignore[attr-defined]
+        self._heads: dict[str, dict[str, dict[str, Tensor]]] = {}
 
-def write_reports(run_dir: Path, reports: list[Report]) -> None:
-    """Writes `run_dir/init.json`, {network: report}, all or nothing; nothing if no network has an `init`."""
-    if not reports:
-        return
-    part = run_dir / ".init.json.part"
-    part.write_text(json.dumps({one.network: asdict(one) for one in reports}, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, run_dir / "init.json")
+    def networks(self, networks: dict[str, nn.Module]) -> None:
+        """Fills those with an `init` and says in the log what became of every key."""
+        for name, config in self._configs.items():
+            if distributed.rank() == 0:  # first, so that what timm fetches is there for the others
+                found = self._attempt(name, config, networks[name])
+            problem = distributed.from_rank_zero(found if distributed.rank() == 0 and isinstance(found, str) else None)
+            if problem is None:
+                if distributed.rank() > 0:
+                    found = self._attempt(name, config, networks[name])
+                reports = distributed.gather_objects(found if isinstance(found, str) else None)
+                problem = next((item for item in reports if item), None)
+            if problem is not None:
+                raise ConfigError(problem.split("\n"))
+            assert isinstance(found, Report)
+            self.reports.append(found)
+            for line in found.lines():
+                logger.info("%s", line)
 
+    def heads(self, heads: dict[str, nn.Module]) -> None:
+        """Fills the heads of networks with `init.heads`, after `networks`."""
+        for name, head in heads.items():
+            if (tensors := self._heads.get(self._owners[name], {}).get(name)) is None:
+                continue
+            expected = head.state_dict()
+            differing = [
+                f"{key} {_shape(tensors.get(key))} instead of {_shape(expected.get(key))}"
+                for key in sorted(expected.keys() | tensors.keys())
+                if _shape(tensors.get(key)) != _shape(expected.get(key))
+            ]
+            if differing:
+                raise ConfigError(
+                    [f"networks.{self._owners[name]}.init.heads: the source's head '{name}' is another one: "
+                     f"{', '.join(differing)}. Make heads.{name} what it was, or leave init.heads out for fresh heads"]
+                )  # fmt: skip
+            head.load_state_dict(tensors)
+        self._heads.clear()
 
-def _attempt(name: str, config: InitConfig, network: nn.Module) -> "Report | str":
-    """Reads and fills; what went wrong as text, so that it can reach every rank."""
-    where = f"networks.{name}.init"
-    try:
-        with torch.random.fork_rng(devices=[]):
-            weights = read(config)
-        report, state = fit(weights, network, config, name)
-        network.load_state_dict(state)
-    except ConfigError as error:
-        return "\n".join([f"{where}: {error.lines[0]}", *error.lines[1:]])
-    except (ValueError, OSError) as error:
-        return f"{where}: {error}"
-    for pattern in (*config.allow_missing, *config.allow_unused):
-        if not any(fnmatchcase(key, pattern) for key in (*report.fresh, *report.unused)):
-            logger.warning("%s: the pattern '%s' allows nothing that there is to allow", where, pattern)
-    return report
+    def _take_heads(self, network: str, weights: Weights, report: Report) -> None:
+        """Keeps the heads that `heads` will need; raises ConfigError if the source lacks one."""
+        wanted = [head for head, owner in self._owners.items() if owner == network]
+        missing = [head for head in wanted if head not in weights.heads]
+        if missing or not wanted:
+            there = f"only {', '.join(weights.heads)}" if weights.heads else "none (public files and exports hold none)"
+            raise ConfigError(
+                [f"{weights.origin} has no head {', '.join(missing)}, but {there}; leave init.heads out for fresh heads"
+                 if missing else f"heads: true, but no head of this configuration reads the network '{network}'"]
+            )  # fmt: skip
+        self._heads[network] = {head: weights.heads[head] for head in wanted}
+        report.heads_taken_over = wanted
+        report.heads_left_out = [
+            key
+            for key in report.heads_left_out
+            if key.removeprefix("heads.") not in wanted and key.partition("_head.")[0] not in wanted
+        ]
+
+    def _attempt(self, name: str, config: InitConfig, network: nn.Module) -> "Report | str":
+        """Reads and fills one network; what went wrong as text, so that it can reach every rank."""
+        where = f"networks.{name}.init"
+        try:
+            with torch.random.fork_rng(devices=[]):
+                weights = read(config)
+            report, state = fit(weights, network, config, name)
+            network.load_state_dict(state)
+            if config.heads:
+                self._take_heads(name, weights, report)
+        except ConfigError as error:
+            return "\n".join([f"{where}: {error.lines[0]}", *error.lines[1:]])
+        except (ValueError, OSError) as error:
+            return f"{where}: {error}"
+        for pattern in (*config.allow_missing, *config.allow_unused):
+            if not any(fnmatchcase(key, pattern) for key in (*report.fresh, *report.unused)):
+                logger.warning("%s: the pattern '%s' allows nothing that there is to allow", where, pattern)
+        return report
 
 
 def fit(weights: Weights, network: nn.Module, config: InitConfig, name: str) -> tuple[Report, dict[str, Tensor]]:
@@ -125,6 +122,8 @@ def fit(weights: Weights, network: nn.Module, config: InitConfig, name: str) -> 
     report.heads_left_out = [
         key for key in weights.tensors if key.startswith(_HEADS) and not {key, f"model.{key}"} & expected.keys()
     ]
+    if weights.layout == "ssl_platform":
+        report.heads_left_out = [f"heads.{head}" for head in weights.heads]
     state, missing, shapes = dict(expected), [], []
     for key, target in expected.items():
         if key not in found:
@@ -159,13 +158,17 @@ def fit(weights: Weights, network: nn.Module, config: InitConfig, name: str) -> 
         if isinstance(network, VisionTransformer) and getattr(network, fact) != value
     ]
     if any(problems.values()) or differing or not (report.matched or report.resized):
-        raise ConfigError(_misfit(weights, network, report, problems, differing, found))
+        raise ConfigError(misfit(weights, network, report, problems, differing, found))
     if isinstance(network, VisionTransformer) and not weights.facts and network.embed_dim // network.num_heads != 64:
         logger.warning(
             "networks.%s.init: a file does not say its num_heads, and with a wrong number the features are wrong; public "
             "ViTs have embed_dim / 64, the backbone has %d for %d", name, network.num_heads, network.embed_dim
         )  # fmt: skip
     return report, state
+
+
+def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tuple(tensor.shape)
 
 
 def _allowed(key: str, patterns: list[str]) -> bool:
@@ -221,11 +224,13 @@ def _resized(key: str, value: Tensor, network: nn.Module, grid: tuple[int, ...] 
         if grid == native or grid is None:
             return value, ""
         if math.prod(grid) != rows or len(grid) != len(native):
-            raise ConfigError([f"init.grid: {_size(grid)} does not fit pos_embed, which has {rows} places in the file"])
+            raise ConfigError(
+                [f"init.grid: {size_text(grid)} does not fit pos_embed, which has {rows} places in the file"]
+            )
         patches = interpolate_positions(
             value[:, 1:], grid, native, network.interpolation, network.offset, network.antialias
         )
-        how = f"grid {_size(grid)} -> {_size(native)}, bicubic by the convention of {network.interpolation}"
+        how = f"grid {size_text(grid)} -> {size_text(native)}, bicubic by the convention of {network.interpolation}"
         return torch.cat([value[:, :1], patches.to(value.dtype)], dim=1), how
     if key == "patch_embed.proj.weight" and isinstance(embed, GridPatchEmbed):
         size, steps = tuple(value.shape[2:]), []
@@ -235,7 +240,9 @@ def _resized(key: str, value: Tensor, network: nn.Module, grid: tuple[int, ...] 
             steps.append(f"channels {value.shape[1]} -> {embed.in_chans}, with the same sum over channels")
             value = adapt_channels(value, embed.in_chans)
         if size != embed.patch_size:
-            steps.append(f"patches {_size(size)} -> {_size(embed.patch_size)}, pseudo-inverse resize (FlexiViT)")
+            steps.append(
+                f"patches {size_text(size)} -> {size_text(embed.patch_size)}, pseudo-inverse resize (FlexiViT)"
+            )
             value = resize_patches(value, embed.patch_size)
         return value, "; ".join(steps)
     return value, ""
@@ -253,56 +260,3 @@ def _likely_grid(rows: int, native: tuple[int, ...]) -> tuple[int, ...] | None:
     raise ConfigError(
         [f"pos_embed has {rows} places, which are no square: say its grid, such as init.grid: [{native[0]}, ...]"]
     )
-
-
-# -- words -------------------------------------------------------------------------------------------------------------
-
-
-def _misfit(
-    weights: Weights,
-    network: nn.Module,
-    report: Report,
-    problems: dict[str, list[str]],
-    differing: list[str],
-    found: dict[str, Tensor],
-) -> list[str]:
-    num_fitting, total = len(report.matched) + len(report.resized), len(network.state_dict())
-    lines = [f"{weights.origin} does not fit the backbone: {num_fitting} of {total} keys fit"]
-    if not num_fitting and report.heads_left_out:
-        lines.append(f"  it holds only heads: {_shown(report.heads_left_out)}; name a file with the whole network")
-    lines += [f"  {title} ({len(keys)}): {_shown(keys)}" for title, keys in problems.items() if keys]
-    lines += [f"  {line}" for line in differing]
-    if isinstance(network, VisionTransformer) and (described := describe(found)):
-        lines.append(f"  the file holds {described}")
-        lines.append(f"  the backbone is {describe(network.state_dict())}")
-    lines.append(
-        f"  make networks.{report.network}.backbone what the file holds, or name keys that may stay fresh in "
-        "init.allow_missing and keys of the file to pass over in init.allow_unused (patterns such as blocks.*.ls1.gamma)"
-    )
-    return lines
-
-
-def describe(state: Mapping[str, Tensor]) -> str:
-    """The architecture that the shapes of a state dict of `vit` show, as settings; empty if it is of another kind."""
-    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    if "cls_token" not in state or not depth:
-        return ""
-    first, second = (state.get(f"blocks.0.mlp.fc{i}.weight") for i in (1, 2))
-    facts: dict[str, Any] = {"embed_dim": state["cls_token"].shape[-1], "depth": depth}
-    facts["num_registers"] = state["reg_token"].shape[1] if "reg_token" in state else 0
-    facts["layer_scale"] = "on" if "blocks.0.ls1.gamma" in state else "null"
-    if first is not None and second is not None:
-        facts["ffn"] = "mlp" if first.shape[0] == second.shape[1] else "swiglu"
-    facts["qkv_bias"] = str("blocks.0.attn.qkv.bias" in state).lower()
-    if "patch_embed.proj.weight" in state:
-        facts["patch_size"] = _size(tuple(state["patch_embed.proj.weight"].shape[2:]))
-    return ", ".join(f"{key} {value}" for key, value in facts.items())
-
-
-def _shown(keys: list[str]) -> str:
-    more = f" and {len(keys) - NUM_SHOWN} more" if len(keys) > NUM_SHOWN else ""
-    return ", ".join(keys[:NUM_SHOWN]) + more
-
-
-def _size(size: tuple[int, ...]) -> str:
-    return " x ".join(map(str, size))

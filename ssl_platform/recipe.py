@@ -1,9 +1,9 @@
 """A run's whole configuration: every key that a YAML file may hold, what is checked across sections, what is built."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import torch
 from pydantic import Field, ValidationInfo, model_validator
@@ -28,8 +28,11 @@ class InitConfig(Config):
     """A run, checkpoint or export folder of ours, or a file in DINOv2's or timm's format (.safetensors, .pth)."""
     timm: str | None = Field(None, min_length=1)
     """Instead of `path`: a name of timm.list_pretrained(), whose weights are downloaded."""
-    network: str = "teacher"
-    """Which network of a run, checkpoint or training file."""
+    network: str | None = None
+    """Which network of a run, checkpoint or training file; None = the teacher, or the only one that there is."""
+    heads: bool = False
+    """Whether the heads of this network start from the source's too, which then needs heads of the same names and sizes: a
+    run or checkpoint of ours, or a training file of DINOv2. Otherwise they start fresh."""
     grid: tuple[int, ...] | None = None
     """Places of the file's position embedding, such as [14, 28]; None = a square, or what the source says itself."""
     allow_missing: list[str] = []
@@ -179,8 +182,12 @@ def build_modality(recipe: Recipe, statistics: dict[str, Any] | None) -> Modalit
     return modality
 
 
-Fill = Callable[[dict[str, nn.Module]], None]
-"""Gives networks that have a backbone of their own other weights, in place."""
+class Fill(Protocol):
+    """Gives networks that have a backbone of their own, and then heads, other weights than random ones, in place."""
+
+    def networks(self, networks: dict[str, nn.Module]) -> None: ...
+
+    def heads(self, heads: dict[str, nn.Module]) -> None: ...
 
 
 def build_networks(
@@ -196,7 +203,7 @@ def build_networks(
         except ValueError as error:
             raise ConfigError([f"networks.{name}.backbone: {error}"]) from error
     if fill is not None:
-        fill(networks)
+        fill.networks(networks)
     waiting = [name for name in configs if name not in networks]
     while waiting:
         ready = [name for name in waiting if configs[name].of in networks]
@@ -239,7 +246,10 @@ def build_student_teacher(
     """Networks, heads and objectives on `device`; averaged copies start equal to what they follow."""
     networks = build_networks(recipe.networks, recipe.seed, modality, fill)
     embed_dims: dict[str, int] = {name: network.embed_dim for name, network in networks.items()}  # type: ignore[misc]
-    heads = {name: _build_head(recipe, head, embed_dims) for name, head in recipe.heads.items()}
+    trained = {name: head.build(embed_dims[head.network]) for name, head in recipe.heads.items()}
+    if fill is not None:
+        fill.heads(trained)
+    heads = {name: _copies(recipe, head, trained[name]) for name, head in recipe.heads.items()}
     context = BuildContext(modality, embed_dims, recipe.heads, recipe.steps, recipe.seed, num_samples)
     built = StudentTeacher(
         networks,
@@ -252,9 +262,9 @@ def build_student_teacher(
     return built.to(device)
 
 
-def _build_head(recipe: Recipe, head: PluginConfig, embed_dims: dict[str, int]) -> dict[str, nn.Module]:
+def _copies(recipe: Recipe, head: PluginConfig, trained: nn.Module) -> dict[str, nn.Module]:
+    """{network: head}: the trained head of a network and its copies for those that follow it."""
     network: str = head.network  # type: ignore[attr-defined]
-    trained: nn.Module = head.build(embed_dims[network])  # type: ignore[attr-defined]
     followers = [name for name, other in recipe.networks.items() if other.of == network and other.update == "ema"]
     return {network: trained} | {name: copy.deepcopy(trained) for name in followers}
 

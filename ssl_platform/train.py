@@ -9,7 +9,6 @@ import sys
 import traceback
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,7 +22,8 @@ from ssl_platform.data.mixture import doubtful_cache, summary
 from ssl_platform.data.order import Order
 from ssl_platform.data.reading import BadSampleError
 from ssl_platform.data.shards import train_batches
-from ssl_platform.initialise import Report, initialise, write_reports
+from ssl_platform.init_report import write_reports
+from ssl_platform.initialise import Initialiser
 from ssl_platform.log import Metrics, cut_back, logger, open_rank_log, set_up_logging, to_rank_log
 from ssl_platform.modalities import Modality
 from ssl_platform.monitors import Monitor
@@ -161,8 +161,8 @@ def train(recipe: Recipe, device: torch.device) -> None:
     found, order = find(recipe, index), open_order(recipe, index)
     statistics = found.state.statistics if found else index.statistics
     modality = build_modality(recipe, statistics)
-    started_from: list[Report] = []  # a resumed run has its weights in the checkpoint, and reads no `init` again
-    fill = None if found else partial(initialise, recipe.networks, started_from)
+    # A resumed run has its weights in the checkpoint, and reads no `init` again.
+    fill = None if found else Initialiser(recipe.networks, recipe.heads)
     parts = build(recipe, modality, len(index), device, statistics, fill)
     rank_log = open_rank_log(recipe.run_dir)
     if distributed.world_size() > 1:
@@ -171,7 +171,7 @@ def train(recipe: Recipe, device: torch.device) -> None:
     if distributed.rank() == 0:
         recipe.run_dir.mkdir(parents=True, exist_ok=True)
         (recipe.run_dir / "config.yaml").write_text(to_yaml(recipe), encoding="utf-8")
-        write_reports(recipe.run_dir, started_from)
+        write_reports(recipe.run_dir, fill.reports if fill else [])
         cut_back(recipe.run_dir / "events.jsonl", step)
     metrics = Metrics(recipe.run_dir, step, recipe.tensorboard, wandb_arguments(recipe))
     run = Run(recipe, index, order, modality, parts, metrics, StopFlag(), Monitor(recipe, parts))

@@ -3,6 +3,7 @@
 Files of `torch.save` are read with `weights_only`, so that nothing in them runs; everything else is safetensors.
 """
 
+import argparse  # for its Namespace in others' files; no arguments are read
 import hashlib
 import pickle  # the errors of torch's reader alone; nothing is read with it
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -38,6 +39,8 @@ class Weights(NamedTuple):
     """Of the position embedding, where it is known."""
     facts: dict[str, Any] = {}
     """What no tensor shows and a network must share: num_heads, norm_eps."""
+    heads: dict[str, dict[str, Tensor]] = {}
+    """{name: tensors} of the heads that belong to the network: of a run or checkpoint of ours, or a DINOv2 training file."""
 
 
 def read(config: InitConfig) -> Weights:
@@ -62,7 +65,7 @@ def sha256(path: Path) -> str:
 # -- our own -----------------------------------------------------------------------------------------------------------
 
 
-def _from_folder(path: Path, network: str) -> Weights:
+def _from_folder(path: Path, network: str | None) -> Weights:
     """A run, a checkpoint or an export of ours, or a timm model's folder (config.json and model.safetensors)."""
     file = path / "model.safetensors"
     if (path / "config.json").is_file() and '"ssl_platform"' not in (path / "config.json").read_text(encoding="utf-8"):
@@ -74,9 +77,22 @@ def _from_folder(path: Path, network: str) -> Weights:
             raise ValueError(str(error)) from error
         if found is not None:
             path, file = found, found / "model.safetensors"
-    encoder = Encoder.load(path, network=network)
-    origin = f"{path} (network {network} after {encoder.config.step} steps)"
-    return _of_module(encoder.network, origin, sha256(file))
+    name = network or "teacher"
+    encoder = Encoder.load(path, network=name)
+    origin = f"{path} (network {name} after {encoder.config.step} steps)"
+    heads = {} if (path / "config.json").is_file() else _heads_of(file, name)
+    return _of_module(encoder.network, origin, sha256(file))._replace(heads=heads)
+
+
+def _heads_of(file: Path, network: str) -> dict[str, dict[str, Tensor]]:
+    """{head: tensors} of a network in a checkpoint's model.safetensors, which names them heads.HEAD.NETWORK.KEY."""
+    heads: dict[str, dict[str, Tensor]] = {}
+    with safe_open(file, "pt") as tensors:
+        for key in tensors.keys():  # noqa: SIM118  # a file of safetensors is no dict
+            section, *rest = key.split(".", 3)
+            if section == "heads" and rest[1] == network:
+                heads.setdefault(rest[0], {})[rest[2]] = tensors.get_tensor(key)
+    return heads
 
 
 def _of_module(module: nn.Module, origin: str, digest: str | None) -> Weights:
@@ -119,11 +135,16 @@ def _of_timm(model: Any, origin: str, digest: str | None) -> Weights:
 # -- files -------------------------------------------------------------------------------------------------------------
 
 
-def _from_file(path: Path, network: str, grid: tuple[int, ...] | None) -> Weights:
+def _from_file(path: Path, network: str | None, grid: tuple[int, ...] | None) -> Weights:
     found = _safetensors(path) if path.suffix == ".safetensors" else _torch_file(path)
     tensors = _plain_names(_one_network(found, network, path), path)
     dinov2 = any(key in ("register_tokens", "mask_token") or ".mlp.w12." in key for key in tensors)
-    return Weights(tensors, "dinov2" if dinov2 else "timm", str(path), sha256(path), grid)
+    heads = {
+        name: {key.removeprefix(f"{name}_head."): v for key, v in tensors.items() if key.startswith(f"{name}_head.")}
+        for name in ("dino", "ibot")
+    }
+    heads = {name: found for name, found in heads.items() if found}
+    return Weights(tensors, "dinov2" if dinov2 else "timm", str(path), sha256(path), grid, heads=heads)
 
 
 def _safetensors(path: Path) -> dict[str, Any]:
@@ -137,31 +158,34 @@ def _safetensors(path: Path) -> dict[str, Any]:
 
 def _torch_file(path: Path) -> Mapping[str, Any]:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        # Training files of DINO, iBOT and MAE hold their arguments too; a Namespace only takes attributes.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            found = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(
             f"{path}: holds Python objects beside tensors, or is no file of torch.save; it was not read, because reading "
             "such objects can run code. Save its state dict alone, best with safetensors.torch.save_file"
         ) from error
     except Exception as error:  # damaged bytes make the reader raise almost anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0]
         raise ValueError(f"{path}: cannot be read ({reason}): it was cut off or is no file of torch.save") from error
     if not isinstance(found, Mapping):
         raise ValueError(f"{path}: holds a {type(found).__name__}, where a state dict {{name: tensor}} is needed")
     return found
 
 
-def _one_network(found: Mapping[str, Any], network: str, path: Path) -> dict[str, Tensor]:
-    """The state dict in a file that may hold several, or others' things beside it."""
-    for key in (network, *_WRAPPERS):
+def _one_network(found: Mapping[str, Any], network: str | None, path: Path) -> dict[str, Tensor]:
+    """The state dict in a file that may hold several, or other things too; a `network` that is named must be there."""
+    for key in (network or "teacher", *_WRAPPERS):
         if isinstance(found.get(key), Mapping):
-            return _one_network(found[key], network, path)
+            return _one_network(found[key], None if key == network else network, path)
     tensors = {key: value for key, value in found.items() if isinstance(value, Tensor)}
-    if tensors:
+    if tensors and network is None:
         return tensors
     inner = [str(key) for key, value in found.items() if isinstance(value, Mapping)]
     hint = f"it has {', '.join(inner)}; set init.network to one of them" if inner else "it holds no tensors"
-    raise ValueError(f"{path}: has no network '{network}': {hint}")
+    hint = "it holds one network, without a name; leave init.network out" if tensors else hint
+    raise ValueError(f"{path}: has no network '{network or 'teacher'}': {hint}")
 
 
 def _plain_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
@@ -171,4 +195,7 @@ def _plain_names(tensors: dict[str, Tensor], path: Path) -> dict[str, Tensor]:
     for prefix in _PREFIXES:
         if tensors and all(key.startswith(prefix) for key in tensors):
             tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return {key.removeprefix("backbone."): value for key, value in tensors.items()}
+    tensors = {key.removeprefix("backbone."): value for key, value in tensors.items()}
+    if "masked_embed" in tensors:  # iBOT's mask token
+        tensors["mask_token"] = tensors.pop("masked_embed")
+    return tensors

@@ -1,5 +1,6 @@
 """Starting from other weights: the same features, every key accounted for, resizing, frozen first steps, bad files."""
 
+import argparse
 import json
 import logging
 import math
@@ -21,10 +22,12 @@ from ssl_platform.backbones import Input
 from ssl_platform.backbones._positions import interpolate_positions
 from ssl_platform.backbones._resizing import adapt_channels, resize_matrix, resize_patches
 from ssl_platform.backbones.timm_models import Config as TimmConfig
-from ssl_platform.config import ConfigError, validate
+from ssl_platform.config import Config as Section
+from ssl_platform.config import ConfigError, plugin, validate
 from ssl_platform.encoder import Encoder
 from ssl_platform.export import main as export_main
-from ssl_platform.initialise import Report, initialise
+from ssl_platform.init_report import Report
+from ssl_platform.initialise import Initialiser
 from ssl_platform.recipe import InitConfig, NetworkConfig, load_recipe
 from ssl_platform.train import main, train
 from ssl_platform.weights import read
@@ -39,9 +42,9 @@ SMALL = {"embed_dim": 32, "depth": 2, "num_heads": 2, "layer_scale": None}
 def fill(network: nn.Module, /, **init: Any) -> Report:
     """Fills `network` as a run's student would be."""
     config = validate(NetworkConfig, {"init": {key: str(v) if isinstance(v, Path) else v for key, v in init.items()}})
-    reports: list[Report] = []
-    initialise({"student": config}, reports, {"student": network})
-    return reports[0]
+    filling = Initialiser({"student": config}, {})
+    filling.networks({"student": network})
+    return filling.reports[0]
 
 
 def refusal(network: nn.Module, /, **init: Any) -> str:
@@ -168,6 +171,50 @@ def test_our_runs_checkpoints_and_exports(finished: Path, tmp_path: Path) -> Non
     report = fill(again, timm=f"local-dir:{export}")  # through timm's own loading of pretrained weights
     torch.testing.assert_close(run(again, images_of(32)).cls, run(vit, images_of(32)).cls)
     assert report.fresh == ["mask_token"] and report.sha256 is None
+
+
+def test_training_files_of_dino_and_ibot_are_read_with_their_arguments_and_their_mask_token(tmp_path: Path) -> None:
+    model, vit = timm_vit(), make(8, 32, **SMALL)
+    trunk = {key: value for key, value in model.state_dict().items() if not key.startswith("head.")}
+    trunk["masked_embed"] = torch.full((1, 32), 0.25)
+    teacher = {f"module.backbone.{key}": value for key, value in trunk.items()} | {
+        "module.head.mlp.0.bias": torch.ones(3)
+    }
+    torch.save({"teacher": teacher, "epoch": 9, "args": argparse.Namespace(arch="vit_small")}, tmp_path / "ibot.pth")
+    report = fill(vit, path=tmp_path / "ibot.pth")
+    assert not report.fresh and report.heads_left_out == ["head.mlp.0.bias"]
+    assert torch.equal(vit.mask_token, trunk["masked_embed"]) and torch.equal(vit.cls_token, trunk["cls_token"])
+
+
+class Runs:
+    """What a pickle may do when it is read: here, write a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_nothing_in_a_file_runs(inside: bool, tmp_path: Path) -> None:
+    trap = Runs(tmp_path / "ran")
+    arguments = argparse.Namespace(trap=trap) if inside else trap
+    torch.save({"teacher": timm_vit().state_dict(), "args": arguments}, tmp_path / "trap.pth")
+    assert "reading such objects can run code" in refusal(make(8, 32, **SMALL), path=tmp_path / "trap.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_network_that_is_named_must_be_in_the_file(tmp_path: Path) -> None:
+    vit, state = make(8, 32, **SMALL), timm_vit().state_dict()
+    plain = saved(timm_vit(), tmp_path / "plain.safetensors")
+    assert "has no network 'student': it holds one network, without a name; leave init.network out" in refusal(
+        vit, path=plain, network="student"
+    )
+    torch.save({"model": {"student": state}}, tmp_path / "nested.pth")
+    assert "has no network 'teacher': it has student; set init.network" in refusal(vit, path=tmp_path / "nested.pth")
+    fill(vit, path=tmp_path / "nested.pth", network="student")
+    assert torch.equal(vit.cls_token, state["cls_token"])
 
 
 # -- resizing ---------------------------------------------------------------------------------------------------------
@@ -495,6 +542,94 @@ def test_heads_start_alike_with_and_without_init(tmp_path: Path) -> None:
     different = [key for key in one if not torch.equal(one[key], two[key])]
     assert different and not any(key.startswith("heads.") for key in different)
     assert not (tmp_path / "without/init.json").exists()
+
+
+@pytest.mark.parametrize("network", ["teacher", "student"])
+def test_heads_are_taken_over_from_a_run_if_asked_for(network: str, finished: Path, tmp_path: Path) -> None:
+    init = f"networks.student.init={{path: {finished}, network: {network}, heads: true}}"
+    settings = [item for item in arguments(tmp_path / "run", finished) if ".init" not in item]
+    train(load_recipe(SMOKE, [*settings, init, "steps=1", "optim.lr=0.0"]), torch.device("cpu"))
+    before = load_file(finished / "checkpoints/step_00000004/model.safetensors")
+    after = load_file(tmp_path / "run/checkpoints/step_00000001/model.safetensors")
+    heads = [key for key in after if key.startswith("heads.")]
+    assert len(heads) == 16
+    for key in heads:
+        _, head, _, rest = key.split(".", 3)
+        assert torch.equal(after[key], before[f"heads.{head}.{network}.{rest}"]), key
+    report = json.loads((tmp_path / "run/init.json").read_text())["student"]
+    assert report["heads_taken_over"] == ["dino"] and not report["heads_left_out"]
+
+
+def test_heads_of_a_run_that_start_fresh_are_told(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([str(SMOKE), *arguments(tmp_path / "run", finished, "steps=1")]) == 0
+    error = capsys.readouterr().err
+    assert "1 of heads left out" in error and "init.heads: true takes over those of the same names" in error
+
+
+@pytest.mark.parametrize(
+    ("source", "change", "message"),
+    [
+        (
+            "run",
+            "heads.dino.num_prototypes=32",
+            "init.heads: the source's head 'dino' is another one: last_layer.weight_g",
+        ),
+        (
+            "run",
+            "heads.dino.last_layer=linear",
+            "last_layer.weight None instead of (64, 16), last_layer.weight_g (64, 1)",
+        ),
+        (
+            "run",
+            "heads.third={name: projection, hidden_dim: 8}",
+            "has no head third, but only dino; leave init.heads",
+        ),
+        ("file", "seed=1", "has no head dino, but none (public files and exports hold none)"),
+    ],
+)
+def test_heads_that_cannot_be_taken_over(
+    source: str, change: str, message: str, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = finished if source == "run" else saved(timm_vit(), tmp_path / "a.safetensors")
+    init = f"networks.student.init={{path: {path}, heads: true}}"
+    assert main([str(SMOKE), f"run_dir={tmp_path / 'run'}", "steps=1", init, change]) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_heads_of_a_dinov2_training_file(case: str, tmp_path: Path) -> None:
+    facts, tensors = conformance(case)
+    whole = {key.removeprefix("teacher_final/"): v for key, v in tensors.items() if key.startswith("teacher_final/")}
+    torch.save({"teacher": whole}, tmp_path / "training.pth")
+    found = read(InitConfig(path=tmp_path / "training.pth", heads=True)).heads
+    assert found and set(found) <= {"dino", "ibot"}
+    for name, state in found.items():
+        heads = validate(Heads, {"heads": {name: head_like(state)}}).heads
+        config = InitConfig(path=tmp_path / "training.pth", heads=True)
+        filling = Initialiser({"student": NetworkConfig(init=config)}, heads)
+        filling.networks({"student": conformance_vit(facts)})
+        head = heads[name].build(embed_dim=conformance_vit(facts).embed_dim)
+        filling.heads({name: head})
+        assert all(torch.equal(value, whole[f"{name}_head.{key}"]) for key, value in head.state_dict().items())
+        assert not any(key.startswith(f"{name}_head.") for key in filling.reports[0].heads_left_out)
+
+
+class Heads(Section):
+    heads: dict[str, plugin("ssl_platform.heads")]  # type: ignore[valid-type]
+
+
+def head_like(state: dict[str, Tensor]) -> dict[str, Any]:
+    """The settings of the head whose tensors these are."""
+    layers = [key for key in state if key.startswith("mlp.") and key.endswith(".weight")]
+    return {
+        "name": "projection",
+        "num_prototypes": len(state["last_layer.weight_v"]),
+        "bottleneck_dim": state["last_layer.weight_v"].shape[1],
+        "hidden_dim": len(state[layers[0]]),
+        "num_layers": len(layers),
+    }
 
 
 def test_peak_rates_are_those_that_are_applied() -> None:

@@ -17,7 +17,7 @@ ORDER = [
     {"recipe", "recipe_checks"},
     {"stages", "step", "flops", "health", "health_facts"},
     {"monitors", "dry_run"},
-    {"run_folder", "estimate", "encoder", "show_views", "weights", "initialise"},
+    {"run_folder", "estimate", "encoder", "show_views", "weights", "initialise", "init_report"},
     {"train", "export"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

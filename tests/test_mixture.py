@@ -389,7 +389,7 @@ class Run(Config):
 @pytest.mark.parametrize(
     ("data", "expected"),
     [
-        ({}, "data.shards: missing; say where the samples are, or give a mixture in 'sources'"),
+        ({}, "data.shards: missing; give it as data.shards=FOLDER behind the configuration, or a mixture in 'sources'"),
         (
             {"shards": "x", "sources": {"a": {"shards": "y"}}},
             "data.sources: 'shards' is given too; make it a source of its own, or leave one of both out",

@@ -76,7 +76,9 @@ class DataConfig(Config):
     def _check(self) -> "DataConfig":
         lines = mixture_problems(self.sources)
         if self.shards is None and not self.sources:
-            lines.append("shards: missing; say where the samples are, or give a mixture in 'sources'")
+            lines.append(
+                "shards: missing; give it as data.shards=FOLDER behind the configuration, or a mixture in 'sources'"
+            )
         if self.shards is not None and self.sources:
             lines.append("sources: 'shards' is given too; make it a source of its own, or leave one of both out")
         if self.cache_shards < self.window_shards:
