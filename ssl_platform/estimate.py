@@ -14,7 +14,7 @@ from torch import Tensor
 from ssl_platform import costs, distributed, optim
 from ssl_platform.data.mixture import summary
 from ssl_platform.dry_run import StepFacts, dry_step, shapes
-from ssl_platform.initialise import initialise
+from ssl_platform.initialise import Initialiser
 from ssl_platform.masks import Masks
 from ssl_platform.modalities import Modality
 from ssl_platform.progress import duration, peak_memory
@@ -36,7 +36,7 @@ def estimate(recipe: Recipe, device: torch.device) -> str:
     order = open_order(recipe, index)
     modality = build_modality(recipe, index.statistics)
     masks = {name: config.build() for name, config in recipe.masks.items()}
-    parts = build(recipe, modality, len(index), device, fill=partial(initialise, recipe.networks, []))
+    parts = build(recipe, modality, len(index), device, fill=Initialiser(recipe.networks, recipe.heads))
     size = recipe.batch_size // (recipe.accumulate * distributed.world_size())
     batch = random_batch(modality, masks, size)
     active = stage_plan(recipe)[0].config.objectives or list(recipe.objectives)
@@ -80,10 +80,11 @@ def calculated(recipe: Recipe, assumed: costs.Assumptions) -> str:
 
 def check_start(recipe: Recipe, modality: Modality) -> list[str]:
     """The peak learning rates in words; ConfigError where an `init` does not fit, whose report is logged, as in a run."""
-    model, settings = shapes(recipe, modality), recipe.optim
+    model, settings, fill = shapes(recipe, modality), recipe.optim, Initialiser(recipe.networks, recipe.heads)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no-op")  # there is no memory to copy into
-        initialise(recipe.networks, [], dict(model.networks.items()))
+        fill.networks(dict(model.networks.items()))
+        fill.heads({name: model.heads[name][head.network] for name, head in recipe.heads.items()})  # type: ignore[index]
     # Of any kind, for its groups: SGD takes parameters without memory.
     optimizer = optim.build_optimizer(
         model.trained_parameters(settings.layer_decay, settings.patch_embed_lr),
