@@ -7,7 +7,6 @@ public ones do not do: TorchFunctionMode does not see the backward pass, and met
 """
 
 import gc
-import weakref
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -20,7 +19,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ssl_platform.config import ConfigError
 from ssl_platform.costs import safetensors_bytes
 from ssl_platform.flops import Counted, countable
+from ssl_platform.live_bytes import LiveBytes
 from ssl_platform.modalities import Modality
 from ssl_platform.objectives import Objective
 from ssl_platform.objectives._targets import Centering, Sinkhorn
@@ -80,49 +79,6 @@ class _AllZero(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return 0 if func is aten._local_scalar_dense.default else func(*args, **(kwargs or {}))
-
-
-class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Adds up the storages that are alive, and lets masks with values choose from tensors without."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.alive, self.peak = 0, 0
-        self._sizes: dict[int, int] = {}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default):
-            args = (args[0], _positions(args[1]), *args[2:])
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, FakeTensor):
-                self.add(tensor)
-        return result
-
-    def add(self, tensor: Tensor) -> None:
-        """Counts the tensor's storage until it is freed."""
-        storage = tensor.untyped_storage()  # the same object as long as the memory lives
-        key = id(storage)
-        if key in self._sizes:
-            return
-        self._sizes[key] = storage.nbytes()
-        self.alive += self._sizes[key]
-        self.peak = max(self.peak, self.alive)
-        weakref.finalize(storage, self._forget, key)
-
-    def ignore(self, tensor: Tensor | None) -> None:
-        """Counts the tensor's storage no longer: weights, gradients and the batch are counted apart."""
-        assert tensor is not None
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key in self._sizes:
-            self.alive -= self._sizes[key]
-        else:
-            weakref.finalize(storage, self._forget, key)
-        self._sizes[key] = 0
-
-    def _forget(self, key: int) -> None:
-        self.alive -= self._sizes.pop(key)
 
 
 def dry_step(recipe: Recipe, modality: Modality, batch: Batch) -> StepFacts:
@@ -229,7 +185,7 @@ def _bytes_alive(model: StudentTeacher, recipe: Recipe, batch: Batch) -> int:
 
     Not to be asked inside a FlopCounterMode when blocks are recomputed: the counter keeps what they made.
     """
-    watch, hooks = _Watch(), []
+    watch, hooks = LiveBytes(), []
     for parameter in model.parameters():
         watch.ignore(parameter)
         if parameter.requires_grad:
@@ -265,15 +221,6 @@ def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> in
     """Of the two products, from the shapes (batch, heads, tokens, width)."""
     batch, heads, tokens, width = query
     return int(2 * batch * heads * tokens * key[2] * (width + value[3]))
-
-
-def _positions(indices: Any) -> list[Any]:
-    """Masks as the positions that they choose, which tensors without values can be indexed by."""
-    found: list[Any] = []
-    for index in indices:
-        is_mask = isinstance(index, Tensor) and not isinstance(index, FakeTensor) and index.dtype == torch.bool
-        found += index.nonzero(as_tuple=True) if is_mask else [index]
-    return found
 
 
 def _checkpoint_blocks(model: StudentTeacher) -> None:

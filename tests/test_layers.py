@@ -16,7 +16,7 @@ ORDER = [
     {"student_teacher"},
     {"recipe", "recipe_checks"},
     {"stages", "step", "flops", "health", "health_facts"},
-    {"monitors", "dry_run"},
+    {"monitors", "dry_run", "live_bytes"},
     {"run_folder", "estimate", "encoder", "show_views", "weights", "initialise", "init_report"},
     {"train", "export"},
 ]
