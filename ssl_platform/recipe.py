@@ -240,7 +240,8 @@ def build_student_teacher(
     networks = build_networks(recipe.networks, recipe.seed, modality, fill)
     embed_dims: dict[str, int] = {name: network.embed_dim for name, network in networks.items()}  # type: ignore[misc]
     heads = {name: _build_head(recipe, head, embed_dims) for name, head in recipe.heads.items()}
-    context = BuildContext(modality, embed_dims, recipe.heads, recipe.steps, recipe.seed, num_samples)
+    patch_dims = {name: int(getattr(network, "patch_dim", embed_dims[name])) for name, network in networks.items()}
+    context = BuildContext(modality, embed_dims, recipe.heads, recipe.steps, recipe.seed, num_samples, patch_dims)
     built = StudentTeacher(
         networks,
         {name: _role(network, recipe.steps) for name, network in recipe.networks.items()},

@@ -104,6 +104,7 @@ def _check_requests(recipe: "Recipe") -> list[str]:
     kinds: dict[str, Any] = {
         "head": recipe.heads,
         "teacher": recipe.networks,
+        "teachers": recipe.networks,
         "student": recipe.networks,
         "group": groups,
         "teacher_group": groups,
@@ -114,9 +115,10 @@ def _check_requests(recipe: "Recipe") -> list[str]:
     for name, objective in recipe.objectives.items():
         for key, known in kinds.items():
             value = getattr(objective, key, None)
-            used = (
-                list(value.values()) if isinstance(value, dict) else [value] if isinstance(value, str) else value or ()
-            )
+            if isinstance(value, dict):
+                used = list(value if key == "teachers" else value.values())
+            else:
+                used = [value] if isinstance(value, str) else list(value or ())
             lines += [
                 f"objectives.{name}.{key}: '{item}' does not exist; there are: {', '.join(known) or 'none'}"
                 for item in used
@@ -124,6 +126,7 @@ def _check_requests(recipe: "Recipe") -> list[str]:
             ]
         if not lines:
             lines += _check_uses(recipe, name, objective)
+            lines += [f"objectives.{name}.{problem}" for problem in objective.problems(recipe.networks, groups)]
     return lines
 
 
