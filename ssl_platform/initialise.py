@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ssl_platform import distributed
 from ssl_platform.backbones._conversion import dinov2_names, timm_names
+from ssl_platform.backbones._normalization import Normalization, change_of
 from ssl_platform.backbones._positions import interpolate_positions
 from ssl_platform.backbones._resizing import adapt_channels, resize_patches
 from ssl_platform.backbones.timm_models import TimmBackbone
@@ -64,20 +65,26 @@ class Report:
         return lines
 
 
-def initialise(configs: Mapping[str, NetworkConfig], reports: list[Report], networks: dict[str, nn.Module]) -> None:
+def initialise(
+    configs: Mapping[str, NetworkConfig],
+    reports: list[Report],
+    networks: dict[str, nn.Module],
+    views: Mapping[str, Any] | None = None,
+) -> None:
     """Fills `networks` from their `init` and adds a report of each; raises ConfigError on every rank if it is on one.
 
+    `views` is the modality's description: weights that learned with another mean and std are changed to fit it.
     Random generators are left as they were, so heads start alike with and without `init`.
     """
     for name, config in configs.items():
         if config.init is None:
             continue
         if distributed.rank() == 0:  # first, so that what timm fetches is there for the others
-            found = _attempt(name, config.init, networks[name])
+            found = _attempt(name, config.init, networks[name], views)
         problem = distributed.from_rank_zero(found if distributed.rank() == 0 and isinstance(found, str) else None)
         if problem is None:
             if distributed.rank() > 0:
-                found = _attempt(name, config.init, networks[name])
+                found = _attempt(name, config.init, networks[name], views)
             problems = [item for item in distributed.gather_objects(found if isinstance(found, str) else None) if item]
             problem = problems[0] if problems else None
         if problem is not None:
@@ -97,13 +104,13 @@ def write_reports(run_dir: Path, reports: list[Report]) -> None:
     os.replace(part, run_dir / "init.json")
 
 
-def _attempt(name: str, config: InitConfig, network: nn.Module) -> "Report | str":
+def _attempt(name: str, config: InitConfig, network: nn.Module, views: Mapping[str, Any] | None) -> "Report | str":
     """Reads and fills; what went wrong as text, so that it can reach every rank."""
     where = f"networks.{name}.init"
     try:
         with torch.random.fork_rng(devices=[]):
             weights = read(config)
-        report, state = fit(weights, network, config, name)
+        report, state = fit(weights, network, config, name, views)
         network.load_state_dict(state)
     except ConfigError as error:
         return "\n".join([f"{where}: {error.lines[0]}", *error.lines[1:]])
@@ -115,11 +122,16 @@ def _attempt(name: str, config: InitConfig, network: nn.Module) -> "Report | str
     return report
 
 
-def fit(weights: Weights, network: nn.Module, config: InitConfig, name: str) -> tuple[Report, dict[str, Tensor]]:
+def fit(
+    weights: Weights, network: nn.Module, config: InitConfig, name: str, views: Mapping[str, Any] | None = None
+) -> tuple[Report, dict[str, Tensor]]:
     """(report, state dict for `network`); raises ConfigError that lists every key which does not fit and is not allowed."""
     if isinstance(network, VisionTransformer):
         _refuse_other_families(weights, config.allow_missing)
     found = _renamed(weights, network)
+    said = Normalization(tuple(config.mean), tuple(config.std)) if config.mean and config.std else None
+    change = change_of(network, found, said, weights.normalization, views, f"networks.{name}.init")
+    found = change.undone(found) if change is not None else found
     expected = network.state_dict()
     report = Report(name, weights.origin, weights.layout, weights.sha256, freeze_steps=config.freeze_steps)
     report.heads_left_out = [
@@ -141,6 +153,9 @@ def fit(weights: Weights, network: nn.Module, config: InitConfig, name: str) -> 
             report.resized[key] = how
         else:
             report.matched.append(key)
+    if change is not None and {*change.layer} <= {*report.matched, *report.resized}:
+        change.apply(state, report.resized)
+        report.matched = [key for key in report.matched if key not in change.layer]
     unused = [key for key in found if key not in expected and key.removeprefix("model.") not in report.heads_left_out]
     by_format = {"mask_token"} if weights.layout == "timm" else set()  # timm's models hide no tokens
     report.fresh = [key for key in missing if key in by_format or _allowed(key, config.allow_missing)]

@@ -32,6 +32,11 @@ class InitConfig(Config):
     """Which network of a run, checkpoint or training file."""
     grid: tuple[int, ...] | None = None
     """Places of the file's position embedding, such as [14, 28]; None = a square, or what the source says itself."""
+    mean: list[float] | None = None
+    """The mean of each channel that the weights learned with, if it is not that of this run's views; with `std`."""
+    std: list[Annotated[float, Field(gt=0)]] | None = None
+    """The first layer is changed so that the network sees this run's views as it saw its own. None = what runs and exports
+    of ours and timm's names say themselves, and for files this run's."""
     allow_missing: list[str] = []
     """Patterns of the network's keys that may stay fresh, such as reg_token or blocks.*.ls?.gamma."""
     allow_unused: list[str] = []
@@ -43,6 +48,8 @@ class InitConfig(Config):
     def _one_source(self) -> "InitConfig":
         if (self.path is None) == (self.timm is None):
             raise ValueError("needs one of path: FILE OR FOLDER and timm: NAME")
+        if len(self.mean or ()) != len(self.std or ()):
+            raise ValueError("mean and std: give both, a number for each channel, or neither")
         return self
 
 

@@ -153,7 +153,7 @@ def train(recipe: Recipe, device: torch.device) -> None:
     statistics = found.state.statistics if found else index.statistics
     modality = build_modality(recipe, statistics)
     started_from: list[Report] = []  # a resumed run has its weights in the checkpoint, and reads no `init` again
-    fill = None if found else partial(initialise, recipe.networks, started_from)
+    fill = None if found else partial(initialise, recipe.networks, started_from, views=modality.description())
     parts = build(recipe, modality, len(index), device, statistics, fill)
     rank_log = open_rank_log(recipe.run_dir)
     if distributed.world_size() > 1:

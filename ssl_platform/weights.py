@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssl_platform import checkpoint
+from ssl_platform.backbones._normalization import Normalization, normalization_of
 from ssl_platform.backbones.timm_models import TimmBackbone
 from ssl_platform.checkpoint import CheckpointError
 from ssl_platform.encoder import Encoder
@@ -38,6 +39,8 @@ class Weights(NamedTuple):
     """Of the position embedding, where it is known."""
     facts: dict[str, Any] = {}
     """What no tensor shows and a network must share: num_heads, norm_eps."""
+    normalization: Normalization | None = None
+    """Of the views that they learned with, where it is known."""
 
 
 def read(config: InitConfig) -> Weights:
@@ -76,7 +79,8 @@ def _from_folder(path: Path, network: str) -> Weights:
             path, file = found, found / "model.safetensors"
     encoder = Encoder.load(path, network=network)
     origin = f"{path} (network {network} after {encoder.config.step} steps)"
-    return _of_module(encoder.network, origin, sha256(file))
+    weights = _of_module(encoder.network, origin, sha256(file))
+    return weights._replace(normalization=normalization_of(encoder.modality.description()))
 
 
 def _of_module(module: nn.Module, origin: str, digest: str | None) -> Weights:
@@ -102,7 +106,8 @@ def _from_timm_hub(name: str) -> Weights:
             f"timm's '{name}': its weights cannot be had ({type(error).__name__}: {reason}). timm.list_pretrained() "
             "lists the names; without a network, fetch the file elsewhere and name it as `path`"
         ) from error
-    return _of_timm(model, f"timm's {name}", None)
+    facts: Any = model.pretrained_cfg
+    return _of_timm(model, f"timm's {name}", None)._replace(normalization=normalization_of(facts))
 
 
 def _of_timm(model: Any, origin: str, digest: str | None) -> Weights:
