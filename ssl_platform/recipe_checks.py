@@ -45,13 +45,16 @@ def doubtful(recipe: "Recipe") -> list[str]:
         for name, network in recipe.networks.items()
         if network.init is not None and network.init.freeze_steps >= recipe.steps
     ]
-    started = [name for name, one in recipe.networks.items() if one.init is not None and one.init.mean is None]
+    started = [  # our folders and timm's names say it themselves
+        name
+        for name, one in recipe.networks.items()
+        if one.init is not None and one.init.mean is None and one.init.path is not None and not one.init.path.is_dir()
+    ]
     by_statistics = not getattr(recipe.modality, "normalize_per_sample", False)
     if started and by_statistics and getattr(recipe.modality, "mean", ()) is None:
         lines.append(
             f"networks.{started[0]}.init: views are normalised by the shards' own mean and std; if those weights learned "
-            "with others (public ones: mostly ImageNet's), set modality.mean and modality.std, or say them in init.mean and "
-            "init.std; runs and exports of ours and timm's names say them themselves"
+            "with others (public ones: mostly ImageNet's), set modality.mean and modality.std, or init.mean and init.std"
         )
     return lines + [
         f"{key}.{name}.warmup_steps: {value.warmup_steps}, so the run of {recipe.steps} steps ends inside its warm-up"
