@@ -189,7 +189,9 @@ def test_backbones_say_their_grids_and_vits_may_have_patches_of_their_own() -> N
         assert features.patches.shape[-1] == getattr(network, "patch_dim", network.embed_dim)
     with pytest.raises(ValueError, match="patch_size: views of 32 x 32 are not a multiple of 5"):
         VitConfig(**small, patch_size=5).build(modality)
-    toy = engine.recipe(modality={"name": "tests.probes.toy", "groups": ["global", "signal"]}).modality.build(None)
+    toy = engine.recipe(modality={"name": "tests.probes.toy", "groups": ["global", "local", "signal"]}).modality.build(
+        None
+    )
     with pytest.raises(ValueError, match="not cut into patches of two axes"):
         VitConfig(**small, patch_size=2).build(toy, "signal")
 

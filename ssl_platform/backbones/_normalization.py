@@ -50,8 +50,8 @@ class Change(NamedTuple):
         fitting = (weight.movedim(1, -1) * std).movedim(-1, 1), bias + weight.flatten(2).sum(2) @ mean
         for key, value in zip(self.layer, fitting, strict=True):
             state[key] = value.float()
-            steps = [changed[key]] * (key in changed) + [f"for views of {self.shown} instead of {self.learned}"]
-            changed[key] = "; ".join(steps)
+            how = f"for views of {self.shown} instead of {self.learned}"
+            changed[key] = f"{changed[key]}; {how}" if key in changed else how
 
 
 def normalization_of(description: Mapping[str, Any]) -> Normalization | None:

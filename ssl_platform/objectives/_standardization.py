@@ -37,7 +37,8 @@ class Standardization(nn.Module):
         """(..., D) -> (..., D) in float32; every rank must call it, with what `pending` gave for the same features."""
         if self.kind == "none":
             return features.float()
-        self._started = self._started or bool(self.count > 0)  # kept, because asking a device stops the host
+        if not self._started and not self.count.is_meta:  # an estimate calculates with shapes alone
+            self._started = bool(self.count > 0)  # kept, because asking a device stops the host
         mean, variance = (self.mean, self.variance) if self._started else self._with([pending])[1:]
         if self.kind == "isotropic":
             variance = variance.mean()
