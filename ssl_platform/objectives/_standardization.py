@@ -27,18 +27,18 @@ class Standardization(nn.Module):
 
     def __init__(self, width: int, kind: Standardize) -> None:
         super().__init__()
-        self.kind, self._started = kind, False
+        self.kind = kind
+        self._started = False  # what count > 0 would say, but asking a device in each step stops the host
         if kind != "none":
             self.register_buffer("count", torch.zeros((), dtype=torch.float64))
             self.register_buffer("mean", torch.zeros(width))
             self.register_buffer("variance", torch.zeros(width))
+            self.register_load_state_dict_post_hook(_look)  # type: ignore[no-untyped-call]
 
     def forward(self, features: Tensor, pending: dict[str, Tensor]) -> Tensor:
         """(..., D) -> (..., D) in float32; every rank must call it, with what `pending` gave for the same features."""
         if self.kind == "none":
             return features.float()
-        if not self._started and not self.count.is_meta:  # an estimate calculates with shapes alone
-            self._started = bool(self.count > 0)  # kept, because asking a device stops the host
         mean, variance = (self.mean, self.variance) if self._started else self._with([pending])[1:]
         if self.kind == "isotropic":
             variance = variance.mean()
@@ -63,6 +63,7 @@ class Standardization(nn.Module):
             self.count.copy_(count)
             self.mean.copy_(mean)
             self.variance.copy_(variance)
+            self._started = True
 
     def _with(self, pending: Sequence[dict[str, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:
         """(count, mean, variance) over the rows so far and those of `pending` on all ranks (Chan et al. 1979)."""
@@ -73,3 +74,8 @@ class Standardization(nn.Module):
         shift = above / count.clamp_min(1)
         variance = (self.variance.double() * self.count + squares) / count.clamp_min(1) - shift.square()
         return count, (self.mean + shift).float(), variance.clamp_min(0).float()
+
+
+def _look(standardization: nn.Module, keys: object) -> None:
+    """After statistics were loaded: whether they are of any rows."""
+    standardization._started = bool(standardization.count > 0)  # type: ignore[assignment, operator]

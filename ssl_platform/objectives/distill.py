@@ -213,7 +213,7 @@ class Distill(Objective):
 
     def _same_crops(self, request: Forward, batch: Batch) -> None:
         theirs, ours = batch.groups[request.group], batch.groups[self.student.group]
-        if not torch.equal(theirs.source, ours.source):
+        if theirs.source.tolist() != ours.source.tolist():
             raise ConfigError(
                 [f"distill: the views of '{request.group}' (teacher {request.network}) show other crops than those of "
                  f"'{self.student.group}' (student); a teacher's group must show the same ones"]
