@@ -36,7 +36,9 @@ def estimate(recipe: Recipe, device: torch.device) -> str:
     order = open_order(recipe, index)
     modality = build_modality(recipe, index.statistics)
     masks = {name: config.build() for name, config in recipe.masks.items()}
-    parts = build(recipe, modality, len(index), device, fill=Initialiser(recipe.networks, recipe.heads))
+    parts = build(
+        recipe, modality, len(index), device, fill=Initialiser(recipe.networks, recipe.heads, modality.description())
+    )
     size = recipe.batch_size // (recipe.accumulate * distributed.world_size())
     batch = random_batch(modality, masks, size)
     active = stage_plan(recipe)[0].config.objectives or list(recipe.objectives)
@@ -80,7 +82,11 @@ def calculated(recipe: Recipe, assumed: costs.Assumptions) -> str:
 
 def check_start(recipe: Recipe, modality: Modality) -> list[str]:
     """The peak learning rates in words; ConfigError where an `init` does not fit, whose report is logged, as in a run."""
-    model, settings, fill = shapes(recipe, modality), recipe.optim, Initialiser(recipe.networks, recipe.heads)
+    model, settings, fill = (
+        shapes(recipe, modality),
+        recipe.optim,
+        Initialiser(recipe.networks, recipe.heads, modality.description()),
+    )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*no-op")  # there is no memory to copy into
         fill.networks(dict(model.networks.items()))

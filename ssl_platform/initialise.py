@@ -4,12 +4,14 @@ import math
 import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ssl_platform import distributed
 from ssl_platform.backbones._conversion import dinov2_names, timm_names
+from ssl_platform.backbones._normalization import Normalization, change_of
 from ssl_platform.backbones._positions import interpolate_positions
 from ssl_platform.backbones._resizing import adapt_channels, resize_patches
 from ssl_platform.backbones.timm_models import TimmBackbone
@@ -27,14 +29,21 @@ _HEADS = ("head.", "head_dist.", "fc_norm.", "fc.", "dino_head.", "ibot_head.")
 class Initialiser:
     """Fills networks and heads from the `init` of networks; raises ConfigError on every rank if it is on one.
 
+    `views` is the modality's description: weights that learned with another mean and std are changed to fit it.
     Random generators are left as they were, so heads start alike with and without `init`.
     """
 
-    def __init__(self, configs: Mapping[str, NetworkConfig], heads: Mapping[str, PluginConfig]) -> None:
+    def __init__(
+        self,
+        configs: Mapping[str, NetworkConfig],
+        heads: Mapping[str, PluginConfig],
+        views: Mapping[str, Any] | None = None,
+    ) -> None:
         self.reports: list[Report] = []
         """One for each network that was filled."""
         self._configs = {name: config.init for name, config in configs.items() if config.init is not None}
         self._owners: dict[str, str] = {name: head.network for name, head in heads.items()}  # type: ignore[attr-defined]
+        self._views = views
         self._heads: dict[str, dict[str, dict[str, Tensor]]] = {}
 
     def networks(self, networks: dict[str, nn.Module]) -> None:
@@ -98,7 +107,7 @@ class Initialiser:
         try:
             with torch.random.fork_rng(devices=[]):
                 weights = read(config)
-            report, state = fit(weights, network, config, name)
+            report, state = fit(weights, network, config, name, self._views)
             network.load_state_dict(state)
             if config.heads:
                 self._take_heads(name, weights, report)
@@ -112,11 +121,16 @@ class Initialiser:
         return report
 
 
-def fit(weights: Weights, network: nn.Module, config: InitConfig, name: str) -> tuple[Report, dict[str, Tensor]]:
+def fit(
+    weights: Weights, network: nn.Module, config: InitConfig, name: str, views: Mapping[str, Any] | None = None
+) -> tuple[Report, dict[str, Tensor]]:
     """(report, state dict for `network`); raises ConfigError that lists every key which does not fit and is not allowed."""
     if isinstance(network, VisionTransformer):
         _refuse_other_families(weights, config.allow_missing)
     found = _renamed(weights, network)
+    said = Normalization(tuple(config.mean), tuple(config.std)) if config.mean and config.std else None
+    change = change_of(network, found, said, weights.normalization, views, f"networks.{name}.init")
+    found = change.undone(found) if change is not None else found
     expected = network.state_dict()
     report = Report(name, weights.origin, weights.layout, weights.sha256, freeze_steps=config.freeze_steps)
     report.heads_left_out = [
@@ -140,6 +154,9 @@ def fit(weights: Weights, network: nn.Module, config: InitConfig, name: str) -> 
             report.resized[key] = how
         else:
             report.matched.append(key)
+    if change is not None and {*change.layer} <= {*report.matched, *report.resized}:
+        change.apply(state, report.resized)
+        report.matched = [key for key in report.matched if key not in change.layer]
     unused = [key for key in found if key not in expected and key.removeprefix("model.") not in report.heads_left_out]
     by_format = {"mask_token"} if weights.layout == "timm" else set()  # timm's models hide no tokens
     report.fresh = [key for key in missing if key in by_format or _allowed(key, config.allow_missing)]

@@ -35,6 +35,11 @@ class InitConfig(Config):
     run or checkpoint of ours, or a training file of DINOv2. Otherwise they start fresh."""
     grid: tuple[int, ...] | None = None
     """Places of the file's position embedding, such as [14, 28]; None = a square, or what the source says itself."""
+    mean: list[float] | None = None
+    """The mean of each channel that the weights learned with, if it is not that of this run's views; with `std`."""
+    std: list[Annotated[float, Field(gt=0)]] | None = None
+    """The first layer is changed so that the network sees this run's views as it saw its own. None = what runs and exports
+    of ours and timm's names say themselves, and for files this run's."""
     allow_missing: list[str] = []
     """Patterns of the network's keys that may stay fresh, such as reg_token or blocks.*.ls?.gamma."""
     allow_unused: list[str] = []
@@ -46,6 +51,8 @@ class InitConfig(Config):
     def _one_source(self) -> "InitConfig":
         if (self.path is None) == (self.timm is None):
             raise ValueError("needs one of path: FILE OR FOLDER and timm: NAME")
+        if len(self.mean or ()) != len(self.std or ()):
+            raise ValueError("mean and std: give both, a number for each channel, or neither")
         return self
 
 
@@ -250,7 +257,8 @@ def build_student_teacher(
     if fill is not None:
         fill.heads(trained)
     heads = {name: _copies(recipe, head, trained[name]) for name, head in recipe.heads.items()}
-    context = BuildContext(modality, embed_dims, recipe.heads, recipe.steps, recipe.seed, num_samples)
+    patch_dims = {name: int(getattr(network, "patch_dim", embed_dims[name])) for name, network in networks.items()}
+    context = BuildContext(modality, embed_dims, recipe.heads, recipe.steps, recipe.seed, num_samples, patch_dims)
     built = StudentTeacher(
         networks,
         {name: _role(network, recipe.steps) for name, network in recipe.networks.items()},

@@ -45,12 +45,16 @@ def doubtful(recipe: "Recipe") -> list[str]:
         for name, network in recipe.networks.items()
         if network.init is not None and network.init.freeze_steps >= recipe.steps
     ]
-    started = [name for name, network in recipe.networks.items() if network.init is not None]
+    started = [  # our folders and timm's names say it themselves
+        name
+        for name, one in recipe.networks.items()
+        if one.init is not None and one.init.mean is None and one.init.path is not None and not one.init.path.is_dir()
+    ]
     by_statistics = not getattr(recipe.modality, "normalize_per_sample", False)
     if started and by_statistics and getattr(recipe.modality, "mean", ()) is None:
         lines.append(
             f"networks.{started[0]}.init: views are normalised by the shards' own mean and std; if those weights learned "
-            "with others (public ones: mostly ImageNet's), set modality.mean and modality.std"
+            "with others (public ones: mostly ImageNet's), set modality.mean and modality.std, or init.mean and init.std"
         )
     return lines + [
         f"{key}.{name}.warmup_steps: {value.warmup_steps}, so the run of {recipe.steps} steps ends inside its warm-up"
@@ -104,6 +108,7 @@ def _check_requests(recipe: "Recipe") -> list[str]:
     kinds: dict[str, Any] = {
         "head": recipe.heads,
         "teacher": recipe.networks,
+        "teachers": recipe.networks,
         "student": recipe.networks,
         "group": groups,
         "teacher_group": groups,
@@ -114,9 +119,10 @@ def _check_requests(recipe: "Recipe") -> list[str]:
     for name, objective in recipe.objectives.items():
         for key, known in kinds.items():
             value = getattr(objective, key, None)
-            used = (
-                list(value.values()) if isinstance(value, dict) else [value] if isinstance(value, str) else value or ()
-            )
+            if isinstance(value, dict):
+                used = list(value if key == "teachers" else value.values())
+            else:
+                used = [value] if isinstance(value, str) else list(value or ())
             lines += [
                 f"objectives.{name}.{key}: '{item}' does not exist; there are: {', '.join(known) or 'none'}"
                 for item in used
@@ -124,6 +130,7 @@ def _check_requests(recipe: "Recipe") -> list[str]:
             ]
         if not lines:
             lines += _check_uses(recipe, name, objective)
+            lines += [f"objectives.{name}.{problem}" for problem in objective.problems(recipe.networks, groups)]
     return lines
 
 

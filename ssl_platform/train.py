@@ -162,7 +162,7 @@ def train(recipe: Recipe, device: torch.device) -> None:
     statistics = found.state.statistics if found else index.statistics
     modality = build_modality(recipe, statistics)
     # A resumed run has its weights in the checkpoint, and reads no `init` again.
-    fill = None if found else Initialiser(recipe.networks, recipe.heads)
+    fill = None if found else Initialiser(recipe.networks, recipe.heads, modality.description())
     parts = build(recipe, modality, len(index), device, statistics, fill)
     rank_log = open_rank_log(recipe.run_dir)
     if distributed.world_size() > 1:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssl_platform import checkpoint
+from ssl_platform.backbones._normalization import Normalization, normalization_of
 from ssl_platform.backbones.timm_models import TimmBackbone
 from ssl_platform.checkpoint import CheckpointError
 from ssl_platform.encoder import Encoder
@@ -41,6 +42,8 @@ class Weights(NamedTuple):
     """What no tensor shows and a network must share: num_heads, norm_eps."""
     heads: dict[str, dict[str, Tensor]] = {}
     """{name: tensors} of the heads that belong to the network: of a run or checkpoint of ours, or a DINOv2 training file."""
+    normalization: Normalization | None = None
+    """Of the views that they learned with, where it is known."""
 
 
 def read(config: InitConfig) -> Weights:
@@ -81,7 +84,8 @@ def _from_folder(path: Path, network: str | None) -> Weights:
     encoder = Encoder.load(path, network=name)
     origin = f"{path} (network {name} after {encoder.config.step} steps)"
     heads = {} if (path / "config.json").is_file() else _heads_of(file, name)
-    return _of_module(encoder.network, origin, sha256(file))._replace(heads=heads)
+    weights = _of_module(encoder.network, origin, sha256(file))
+    return weights._replace(heads=heads, normalization=normalization_of(encoder.modality.description()))
 
 
 def _heads_of(file: Path, network: str) -> dict[str, dict[str, Tensor]]:
@@ -118,7 +122,8 @@ def _from_timm_hub(name: str) -> Weights:
             f"timm's '{name}': its weights cannot be had ({type(error).__name__}: {reason}). timm.list_pretrained() "
             "lists the names; without a network, fetch the file elsewhere and name it as `path`"
         ) from error
-    return _of_timm(model, f"timm's {name}", None)
+    facts: Any = model.pretrained_cfg
+    return _of_timm(model, f"timm's {name}", None)._replace(normalization=normalization_of(facts))
 
 
 def _of_timm(model: Any, origin: str, digest: str | None) -> Weights:

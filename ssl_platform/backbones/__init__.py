@@ -39,10 +39,15 @@ class Features(NamedTuple):
     """(V, M, B, N_visible) int64, mode "drop": the raster positions of `patches`."""
     positions: Tensor | None = None
     """(V, B, N, d): coordinates of the tokens, where tokens have coordinates rather than a grid."""
+    grid: tuple[int, ...] | None = None
+    """Places of `patches` along each axis, in raster order; None where they lie on none or some are left out."""
 
 
 class Backbone(Protocol):
-    """A torch module; several inputs in one call (of other resolutions, say) give what separate calls would."""
+    """A torch module; several inputs in one call (of other resolutions, say) give what separate calls would.
+
+    Where patches are of another width than the embedding, an attribute `patch_dim` says theirs.
+    """
 
     embed_dim: int
     num_layers: int

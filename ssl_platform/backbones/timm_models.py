@@ -1,6 +1,7 @@
 """Any timm model as a backbone: DINO on convolutional and other networks, and pretrained weights to start from."""
 
 import difflib
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -78,6 +79,7 @@ class TimmBackbone(nn.Module):
         self.model = model
         self.model_args = model_args
         self.embed_dim: int = getattr(model, "head_hidden_size", None) or model.num_features
+        self.patch_dim: int = model.num_features
         self._layers: dict[str, int] = group_with_matcher(
             model.named_parameters(), model.group_matcher(coarse=False), reverse=True
         )
@@ -105,18 +107,22 @@ class TimmBackbone(nn.Module):
             name, size = self.model.pretrained_cfg["architecture"], tuple(item.views.shape[3:])
             raise ConfigError([f"timm's {name} does not take views of size {size}: {error}"]) from error
         cls: Tensor = self.model.forward_head(found, pre_logits=True)
-        patches = self._patches(found, cls)
+        patches, grid = self._patches(found, cls, tuple(item.views.shape[3:]))
         return Features(
             cls=cls.reshape(num_views, batch, -1),
             patches=patches.reshape(num_views, batch, *patches.shape[1:]),
+            grid=grid,
         )
 
-    def _patches(self, found: Any, cls: Tensor) -> Tensor:
-        """(B, N, width), N = 0 where the model has no places."""
+    def _patches(self, found: Any, cls: Tensor, size: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...] | None]:
+        """(B, N, width), N = 0 where the model has no places; and their grid, if it is known."""
         if not isinstance(found, Tensor) or found.ndim not in (3, 4):
-            return cls.new_empty(len(cls), 0, self.embed_dim)
+            return cls.new_empty(len(cls), 0, self.embed_dim), None
         if found.ndim == 3:
-            return found[:, getattr(self.model, "num_prefix_tokens", 0) :]
+            tokens = found[:, getattr(self.model, "num_prefix_tokens", 0) :]
+            embed: Any = getattr(self.model, "patch_embed", None)
+            grid = tuple(embed.dynamic_feat_size(size)) if hasattr(embed, "dynamic_feat_size") else None
+            return tokens, grid if grid is not None and math.prod(grid) == tokens.shape[1] else None
         if str(getattr(self.model, "output_fmt", "NCHW")).rpartition(".")[2] == "NHWC":
-            return found.flatten(1, 2)
-        return found.flatten(2).mT
+            return found.flatten(1, 2), tuple(found.shape[1:3])
+        return found.flatten(2).mT, tuple(found.shape[2:])

@@ -17,7 +17,7 @@ from ssl_platform.backbones import Features, Input
 from ssl_platform.backbones._blocks import Block, Rows
 from ssl_platform.backbones._positions import interpolate_positions
 from ssl_platform.modalities import Modality
-from ssl_platform.patch_embed import Tokens
+from ssl_platform.patch_embed import GridPatchEmbed, Tokens
 
 
 class PositionConfig(configuration.Config):
@@ -57,6 +57,8 @@ class Config(configuration.PluginConfig):
     norm_eps: float = Field(default=1e-6, gt=0)
     """Epsilon of the layer norms."""
     position: PositionConfig = PositionConfig()
+    patch_size: int | None = Field(default=None, gt=0)
+    """Side of its patches, where it differs from the modality's: a frozen teacher's, say; None = the modality's."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "Config":
@@ -67,6 +69,8 @@ class Config(configuration.PluginConfig):
     def build(self, modality: Modality, group: str = "global") -> "VisionTransformer":
         """The network for the views of `group`, initialised from the global torch generator."""
         patch_embed = modality.patch_embed(self.embed_dim, group)
+        if self.patch_size is not None:
+            patch_embed = with_patches(patch_embed, self.embed_dim, modality.groups[group].shape, self.patch_size)
         return VisionTransformer(
             patch_embed,
             native_grid=getattr(patch_embed, "native_grid", None),
@@ -98,6 +102,21 @@ class Config(configuration.PluginConfig):
         if self.drop_path_schedule == "uniform":
             return [self.drop_path] * self.depth
         return [self.drop_path * i / max(self.depth - 1, 1) for i in range(self.depth)]
+
+
+def with_patches(patch_embed: nn.Module, embed_dim: int, shape: tuple[int, ...], patch_size: int) -> GridPatchEmbed:
+    """A patch embedding for the same views in square patches; raises ValueError if the modality's is of no 2-D grid."""
+    if not isinstance(patch_embed, GridPatchEmbed) or len(patch_embed.patch_size) != 2:
+        raise ValueError("patch_size: views of this modality are not cut into patches of two axes; leave it out")
+    if any(length % patch_size for length in shape[1:]):
+        size = " x ".join(map(str, shape[1:]))
+        raise ValueError(
+            f"patch_size: views of {size} are not a multiple of {patch_size}; choose sizes that are of both"
+        )
+    if patch_embed.patch_size == (patch_size, patch_size):
+        return patch_embed
+    grid = (shape[1] // patch_size, shape[2] // patch_size)
+    return GridPatchEmbed(patch_embed.in_chans, embed_dim, (patch_size, patch_size), grid)
 
 
 class VisionTransformer(nn.Module):
@@ -207,6 +226,7 @@ class VisionTransformer(nn.Module):
             rows,
             visible,
             None if coordinates is None else coordinates.reshape(num_views, batch, *coordinates.shape[1:]),
+            tokens.grid,
         )
 
     def _positions(self, tokens: Tokens) -> tuple[Tensor | float, Tensor]:
@@ -241,6 +261,7 @@ class VisionTransformer(nn.Module):
             layers=tuple((cls, patches) for cls, _, patches in layers),
             visible=embedded.visible,
             positions=embedded.coordinates,
+            grid=embedded.grid if embedded.visible is None else None,
         )
 
     def _split(self, rows: Tensor, item: Input) -> tuple[Tensor, Tensor, Tensor]:
@@ -256,6 +277,7 @@ class _Embedded(NamedTuple):
     rows: Tensor
     visible: Tensor | None
     coordinates: Tensor | None
+    grid: tuple[int, ...] | None
 
 
 def _visible(masks: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssl_platform.backbones import Features
 from ssl_platform.config import PluginConfig
-from ssl_platform.modalities import Modality
+from ssl_platform.modalities import GroupSpec, Modality
 from ssl_platform.optim import ScheduleConfig
 from ssl_platform.views import Batch
 
@@ -60,6 +60,8 @@ class BuildContext(NamedTuple):
     seed: int
     num_samples: int
     """In the training shards: the size of a store keyed by sample id."""
+    patch_dims: dict[str, int] = {}
+    """Of each network: the width of its patch tokens."""
 
 
 class ObjectiveConfig(PluginConfig):
@@ -67,6 +69,10 @@ class ObjectiveConfig(PluginConfig):
 
     weight: ScheduleConfig = 1.0
     """Factor of the objective's terms: a number or a schedule."""
+
+    def problems(self, networks: Mapping[str, Any], groups: Mapping[str, GroupSpec]) -> list[str]:
+        """What does not go together with the run's networks (their sections) and groups: lines that begin with a key."""
+        return []
 
 
 class Objective(nn.Module):
