@@ -351,8 +351,7 @@ def description(mean: list[float], std: list[float]) -> dict[str, Any]:
     return {"mean": mean, "std": std, "normalize_per_sample": False}
 
 
-@pytest.mark.parametrize("in_chans", [3, 1])
-@pytest.mark.parametrize("kind", ["vit", "convnext"])
+@pytest.mark.parametrize(("kind", "in_chans"), [("vit", 3), ("vit", 1), ("convnext", 3)])
 def test_a_teacher_sees_its_own_preprocessing(kind: str, in_chans: int, tmp_path: Path) -> None:
     """Features of views with another mean and std equal those of the file's network on views of its own."""
     torch.manual_seed(0)
@@ -361,8 +360,6 @@ def test_a_teacher_sees_its_own_preprocessing(kind: str, in_chans: int, tmp_path
         model = timm.create_model(
             "vit_small_patch16_224", embed_dim=32, depth=2, num_heads=2, img_size=32, patch_size=8
         )
-    elif in_chans == 1:
-        return  # channels of timm's models are not resized
     else:
         model = timm.create_model("test_convnext")
     model.eval()
