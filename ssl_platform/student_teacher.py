@@ -197,7 +197,7 @@ def follow(follower: nn.Module, followed: nn.Module, momentum: float, buffers: s
 
 def _input(request: Forward, group: ViewGroup) -> Input:
     masks = group.masks[request.masks] if request.masks is not None else None
-    return Input(group.views, masks, request.mode, request.layers, request.arch)
+    return Input(group.views, masks, request.mode, request.layers, request.arch, request.group)
 
 
 def _named(losses: dict[str, Loss], field: str) -> dict[str, Tensor]:
