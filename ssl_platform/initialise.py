@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -185,8 +184,8 @@ def _refuse_other_families(weights: Weights, vit: VisionTransformer, config: Ini
     without = not learned and any(key.startswith("blocks.") for key in names)
     if without and vit.rope is None and not _allowed("pos_embed", config.allow_missing):
         raise ConfigError(
-            [f"{weights.origin}: has no pos_embed, as models of DINOv3 and EVA: rotary positions (RoPE) instead of a learned "
-             "position embedding. For a DINOv3 model set networks.NAME.backbone.position: {kind: rope}"]
+            [f"{weights.origin}: has no pos_embed, as models of DINOv3 and EVA: rotary positions (RoPE) instead of a "
+             "learned position embedding. For a DINOv3 model set networks.NAME.backbone.position: {kind: rope}"]
         )  # fmt: skip
     hugging_face = [key for key in names if ".encoder.layer." in f".{key}" or key.startswith("embeddings.")]
     if hugging_face:

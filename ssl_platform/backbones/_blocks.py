@@ -15,6 +15,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v)
 
 
+def without_key_bias(bias: Tensor) -> Tensor:
+    """The bias (3 D,) of queries, keys and values with that of the keys 0."""
+    query, key, value = bias.chunk(3)
+    return torch.cat([query, torch.zeros_like(key), value])
+
+
 class Rows(NamedTuple):
     """The rows of one group that a block computes while training, for its two branches."""
 
@@ -46,7 +52,7 @@ class Attention(nn.Module):
         rows, length, dim = x.shape
         bias: Tensor | None = self.qkv.bias
         if self.mask_k_bias and bias is not None:
-            bias = torch.cat([bias[:dim], torch.zeros_like(bias[:dim]), bias[2 * dim :]])
+            bias = without_key_bias(bias)
         qkv = F.linear(x, self.qkv.weight, bias).view(rows, length, 3, self.num_heads, dim // self.num_heads)
         q, k, v = qkv.unbind(2)
         if rotation is not None:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ssl_platform.backbones._blocks import without_key_bias
 from ssl_platform.backbones._eva import eva_arguments, eva_names, to_eva
 from ssl_platform.backbones._positions import interpolate_positions
 from ssl_platform.backbones.vit import VisionTransformer
@@ -108,13 +109,7 @@ def to_timm(vit: VisionTransformer) -> TimmModel:
     state = {key: value for key, value in vit.state_dict().items() if not key.startswith(left_out)}
     if vit.mask_k_bias:
         for key in (f"blocks.{i}.attn.qkv.bias" for i in range(vit.num_layers)):
-            state[key] = torch.cat(
-                [
-                    state[key][: vit.embed_dim],
-                    torch.zeros_like(state[key][: vit.embed_dim]),
-                    state[key][2 * vit.embed_dim :],
-                ]
-            )
+            state[key] = without_key_bias(state[key])
     if vit.num_registers:
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:]

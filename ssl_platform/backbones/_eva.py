@@ -72,10 +72,16 @@ def eva_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_eva(vit: VisionTransformer) -> dict[str, Tensor]:
-    """The state dict of `vit` under the names of timm's Eva; without mask token and the norm of local views."""
+    """The state dict of `vit` under the names of timm's Eva; without mask token and the norm of local views.
+
+    Where `vit` has no LayerScale it is of ones, which `timm_names` leaves out again.
+    """
     theirs: dict[str, Tensor] = {}
+    if vit.layer_scale is None:
+        scales = (f"blocks.{i}.gamma_{branch}" for i in range(vit.num_layers) for branch in (1, 2))
+        theirs = {scale: torch.ones(vit.embed_dim) for scale in scales}
     for key, value in vit.state_dict().items():
-        block, _, name = key.rpartition(".")
+        block = key.rpartition(".")[0]
         if key == "mask_token" or key.startswith("local_cls_norm."):
             continue
         if key.endswith(("ls1.gamma", "ls2.gamma")):
@@ -116,7 +122,7 @@ def eva_arguments(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
         "swiglu_align_to": 0,  # the gate and the value packed in one layer, as here
         "qkv_bias": vit.qkv_bias,
         "attn_type": "rope" if vit.qkv_bias and not vit.mask_k_bias else "eva",  # whose keys have a bias, or have none
-        "init_values": None if vit.layer_scale is None else 1e-5,
+        "init_values": 1e-5,  # no argument removes LayerScale from models that have it: `to_eva` fills it with ones
         "class_token": True,
         "num_reg_tokens": vit.num_registers,
         "use_abs_pos_emb": False,
