@@ -3,6 +3,7 @@
 With `gpus=64` it is calculated for other hardware instead, without the memory that the run will need.
 """
 
+import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -57,6 +58,8 @@ def estimate(recipe: Recipe, device: torch.device) -> str:
         "time": f"{duration(seconds * recipe.steps)} = {recipe.steps:,} steps x {seconds:.2f} s (measured on {device}, "
         f"{distributed.world_size()} ranks), if data keeps up",
     }
+    if resolutions := getattr(modality, "variants", ()):
+        lines["resolutions"] = f"memory and time are of the largest of {len(resolutions)}: the mean is less"
     width = max(map(len, lines))
     mixture = summary(recipe.data.sources, order, samples) if recipe.data.sources else []
     return "".join([f"{name:<{width}}  {text}\n" for name, text in lines.items()] + [f"{line}\n" for line in mixture])
@@ -173,7 +176,15 @@ def readable(number: float, unit: str) -> str:
 def random_batch(
     modality: Modality, masks: dict[str, Masks], size: int, make: Callable[..., Tensor] = torch.randn
 ) -> Batch:
-    """Noise of the shapes that the modality promises, with masks drawn as in a run; `make` makes the views."""
+    """Noise of the shapes that the modality promises, with masks drawn as in a run; `make` makes the views.
+
+    Where views change their size from step to step they are of the largest sizes.
+    """
+    modality = max(
+        (variant.modality for variant in getattr(modality, "variants", ())),
+        key=lambda one: sum(spec.num_views * math.prod(spec.shape) for spec in one.groups.values()),
+        default=modality,
+    )
     groups, first_source = {}, 0
     for name, spec in modality.groups.items():
         drawn = {
