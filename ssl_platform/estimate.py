@@ -185,7 +185,8 @@ def random_batch(
         key=lambda one: sum(spec.num_views * math.prod(spec.shape) for spec in one.groups.values()),
         default=modality,
     )
-    groups, first_source = {}, 0
+    groups: dict[str, ViewGroup] = {}
+    first_source = 0
     for name, spec in modality.groups.items():
         drawn = {
             key: rule.draw(spec.num_views, spec.grid, seed=0, step=0, batch_size=size, first=0, count=size)
@@ -193,6 +194,7 @@ def random_batch(
             if rule.group == name
         }
         source = torch.arange(first_source, first_source + spec.num_views)
+        source = groups[spec.shows].source if spec.shows is not None else source
         groups[name] = ViewGroup(make(spec.num_views, size, *spec.shape), source, drawn)
         first_source += spec.num_views
     ids = torch.arange(size)

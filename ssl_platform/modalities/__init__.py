@@ -27,6 +27,8 @@ class GroupSpec(NamedTuple):
     """Of one view, without the batch axis: (C, H, W) for images."""
     grid: tuple[int, ...]
     """Tokens along each axis: (H / patch, W / patch) for images."""
+    shows: str | None = None
+    """Another group whose crops, view by view, these views show; None: crops of its own."""
 
 
 class Variant(NamedTuple):

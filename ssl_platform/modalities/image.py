@@ -306,7 +306,8 @@ class Image:
             self.sources[name] = torch.arange(first, first + len(recipe.colors))
             first += len(recipe.colors)
         for name, copied in self.copies.items():
-            self.groups[name] = self._spec(self.groups[copied.of].num_views, copied.size)
+            spec = self._spec(self.groups[copied.of].num_views, copied.size)
+            self.groups[name] = spec._replace(shows=copied.of)
             self.sources[name] = self.sources[copied.of]
 
     def _spec(self, num_views: int, size: Size) -> GroupSpec:
