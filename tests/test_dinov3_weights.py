@@ -12,7 +12,7 @@ from timm.models.eva import checkpoint_filter_fn
 from torch import Tensor
 
 from ssl_platform.backbones._conversion import from_timm, to_timm
-from ssl_platform.backbones.vit import VisionTransformer
+from ssl_platform.backbones.vit import Config, VisionTransformer
 from ssl_platform.encoder import Encoder
 from ssl_platform.export import main as export_main
 from ssl_platform.recipe import load_recipe
@@ -135,6 +135,23 @@ def test_facts_that_no_tensor_shows_are_checked(monkeypatch: pytest.MonkeyPatch)
     vit = make(8, 32, **{**RELEASED, "qkv_bias": False, "position": {"kind": "rope", "base": 50.0}})
     fill(vit, timm="vit_small_patch16_dinov3.lvd1689m")
     same(vit, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "embed_dim", "settings"),
+    [
+        ("vit_small_patch16_dinov3", 384, {}),
+        ("vit_small_plus_patch16_dinov3", 384, {"ffn": "swiglu", "mlp_ratio": 6.0}),
+        ("vit_huge_plus_patch16_dinov3", 1280, {"ffn": "swiglu", "mlp_ratio": 6.0, "num_heads": 20}),
+        ("vit_7b_patch16_dinov3", 4096, {"ffn": "swiglu", "mlp_ratio": 3.0, "num_heads": 32}),
+    ],
+)
+def test_the_widths_of_the_page_are_those_of_the_models(name: str, embed_dim: int, settings: dict[str, Any]) -> None:
+    """docs/dinov3.md; on the meta device, one block of each."""
+    model = timm.create_model(name, pretrained=False, depth=1, device="meta")
+    config = Config(embed_dim=embed_dim, **settings)
+    assert model.blocks[0].mlp.fc2.in_features == config.hidden_dim and model.embed_dim == embed_dim
+    assert model.blocks[0].attn.num_heads == config.num_heads
 
 
 # -- DINOv3's own files -----------------------------------------------------------------------------------------------
