@@ -86,6 +86,7 @@ class Encoder(nn.Module):
             registers=None if features.registers is None else features.registers[0],
             layers=tuple((cls[0], patches[0]) for cls, patches in features.layers),
             positions=None if features.positions is None else features.positions[0],
+            grid=features.grid,
         )
 
 

@@ -3,6 +3,7 @@
 With `gpus=64` it is calculated for other hardware instead, without the memory that the run will need.
 """
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -61,6 +62,8 @@ def estimate(recipe: Recipe, device: torch.device) -> str:
         "time": f"{duration(seconds * recipe.steps)} = {recipe.steps:,} steps x {seconds:.2f} s (measured on {device}, "
         f"{distributed.world_size()} ranks), if data keeps up",
     }
+    if resolutions := getattr(modality, "variants", ()):
+        lines["resolutions"] = f"memory and time are of the largest of {len(resolutions)}: the mean is less"
     width = max(map(len, lines))
     notes = optim.peak_rates(parts.optimizer, parts.lr, recipe.steps, parts.freeze_last_layer_steps)
     notes += summary(recipe.data.sources, order, samples) if recipe.data.sources else []
@@ -211,8 +214,17 @@ def readable(number: float, unit: str) -> str:
 def random_batch(
     modality: Modality, masks: dict[str, Masks], size: int, make: Callable[..., Tensor] = torch.randn
 ) -> Batch:
-    """Noise of the shapes that the modality promises, with masks drawn as in a run; `make` makes the views."""
-    groups, first_source = {}, 0
+    """Noise of the shapes that the modality promises, with masks drawn as in a run; `make` makes the views.
+
+    Where views change their size from step to step they are of the largest sizes.
+    """
+    modality = max(
+        (variant.modality for variant in getattr(modality, "variants", ())),
+        key=lambda one: sum(spec.num_views * math.prod(spec.shape) for spec in one.groups.values()),
+        default=modality,
+    )
+    groups: dict[str, ViewGroup] = {}
+    first_source = 0
     for name, spec in modality.groups.items():
         drawn = {
             key: rule.draw(spec.num_views, spec.grid, seed=0, step=0, batch_size=size, first=0, count=size)
@@ -220,6 +232,7 @@ def random_batch(
             if rule.group == name
         }
         source = torch.arange(first_source, first_source + spec.num_views)
+        source = groups[spec.shows].source if spec.shows is not None else source
         groups[name] = ViewGroup(make(spec.num_views, size, *spec.shape), source, drawn)
         first_source += spec.num_views
     ids = torch.arange(size)

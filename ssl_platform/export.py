@@ -241,7 +241,9 @@ def _notes(encoder: "Encoder") -> list[str]:
             "images of exactly the input size were shown as they are; timm's transform enlarges and crops them"
         )
     size = tuple(facts.get("input_size", ()))
-    if size and size != _native_shape(encoder) and getattr(encoder.network, "interpolation", "timm") == "dinov2":
+    learned = getattr(encoder.network, "rope", None) is None
+    interpolates = learned and getattr(encoder.network, "interpolation", "timm") == "dinov2"
+    if size and size != _native_shape(encoder) and interpolates:
         notes.append("at another size than the native one, timm interpolates positions in its own way: nearly the same")
     return notes
 

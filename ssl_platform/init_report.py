@@ -105,6 +105,7 @@ def describe(state: Mapping[str, Tensor]) -> str:
     if first is not None and second is not None:
         facts["ffn"] = "mlp" if first.shape[0] == second.shape[1] else "swiglu"
     facts["qkv_bias"] = str("blocks.0.attn.qkv.bias" in state).lower()
+    facts["position.kind"] = "learned" if "pos_embed" in state else "rope"
     if "patch_embed.proj.weight" in state:
         facts["patch_size"] = size_text(tuple(state["patch_embed.proj.weight"].shape[2:]))
     return ", ".join(f"{key} {value}" for key, value in facts.items())

@@ -1,7 +1,6 @@
 """Starting a network from other weights: strict, with a report of what matched, was resized, left fresh or unused."""
 
 import math
-import re
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from ssl_platform import distributed
 from ssl_platform.backbones._conversion import dinov2_names, timm_names
+from ssl_platform.backbones._eva import dinov3_names
 from ssl_platform.backbones._normalization import Normalization, change_of
 from ssl_platform.backbones._positions import interpolate_positions
 from ssl_platform.backbones._resizing import adapt_channels, resize_patches
@@ -126,7 +126,7 @@ def fit(
 ) -> tuple[Report, dict[str, Tensor]]:
     """(report, state dict for `network`); raises ConfigError that lists every key which does not fit and is not allowed."""
     if isinstance(network, VisionTransformer):
-        _refuse_other_families(weights, config.allow_missing)
+        _refuse_other_families(weights, network, config)
     found = _renamed(weights, network)
     said = Normalization(tuple(config.mean), tuple(config.std)) if config.mean and config.std else None
     change = change_of(network, found, said, weights.normalization, views, f"networks.{name}.init")
@@ -192,20 +192,20 @@ def _allowed(key: str, patterns: list[str]) -> bool:
     return any(fnmatchcase(key, pattern) for pattern in patterns)
 
 
-def _refuse_other_families(weights: Weights, allow_missing: list[str]) -> None:
-    """Raises ConfigError for well-known formats that `vit` cannot hold."""
+def _refuse_other_families(weights: Weights, vit: VisionTransformer, config: InitConfig) -> None:
+    """Raises ConfigError for positions of another kind, and for well-known formats that `vit` cannot hold."""
     names = weights.tensors.keys()
-    rotary = sorted(key for key in names if re.search(r"storage_tokens|rope|attn\.qkv\.bias_mask$", key))
-    without = "pos_embed" not in names and any(key.startswith("blocks.") for key in names)
-    if rotary or (without and not _allowed("pos_embed", allow_missing)):
-        why = (
-            f"is of DINOv3's format ({', '.join(rotary[:3])})"
-            if rotary
-            else "has no pos_embed, as models of DINOv3 and EVA"
-        )
+    learned = "pos_embed" in names
+    if learned and vit.rope is not None and not _allowed("pos_embed", config.allow_unused):
         raise ConfigError(
-            [f"{weights.origin}: {why}: rotary positions (RoPE) instead of a learned position embedding, which the backbone "
-             "'vit' does not have. Start from a DINOv2 file or a ViT of timm instead"]
+            [f"{weights.origin}: has a learned position embedding (pos_embed), but the backbone turns by position; set "
+             "position.kind: learned, or give up its positions with init.allow_unused: [pos_embed]"]
+        )  # fmt: skip
+    without = not learned and any(key.startswith("blocks.") for key in names)
+    if without and vit.rope is None and not _allowed("pos_embed", config.allow_missing):
+        raise ConfigError(
+            [f"{weights.origin}: has no pos_embed, as models of DINOv3 and EVA: rotary positions (RoPE) instead of a "
+             "learned position embedding. For a DINOv3 model set networks.NAME.backbone.position: {kind: rope}"]
         )  # fmt: skip
     hugging_face = [key for key in names if ".encoder.layer." in f".{key}" or key.startswith("embeddings.")]
     if hugging_face:
@@ -224,6 +224,12 @@ def _renamed(weights: Weights, network: nn.Module) -> dict[str, Tensor]:
         return weights.tensors
     if weights.layout == "dinov2":
         return dinov2_names({key: value for key, value in weights.tensors.items() if not key.startswith(_HEADS)})
+    if weights.layout == "dinov3":
+        trunk = {key: value for key, value in weights.tensors.items() if not key.startswith(_HEADS)}
+        try:
+            return dinov3_names(trunk, network)
+        except ValueError as error:
+            raise ConfigError([f"{weights.origin}: {error}"]) from error
     try:
         return timm_names(weights.tensors, network.layer_scale is not None, weights.grid or network.native_grid)
     except ValueError as error:

@@ -49,7 +49,10 @@ class Monitor:
         self.last_step = recipe.steps
         self.window = min(-(-POOL // recipe.batch_size), self.every)
         self.flops: dict[tuple[str, ...], int] = {}
-        """Of one optimiser step on this rank, by the active objectives."""
+        """Of one optimiser step on this rank, by the active objectives; a mean where views change their size."""
+        self._counted: dict[tuple[str, ...], list[int]] = defaultdict(list)
+        """Of each step since the last figures, where views change their size."""
+        self._mixed = bool(getattr(recipe.modality.build(None), "variants", ()))
         self.peak: float | None = None
         self._tokens: dict[str, deque[Tensor]] = defaultdict(deque)
         self._masses: dict[str, tuple[Tensor, int]] = {}
@@ -76,14 +79,16 @@ class Monitor:
         """Around the optimiser step `step`, counted from 0; call `keep` afterwards."""
         with ExitStack() as stack:
             counted = None
-            if self.peak is not None and tuple(active) not in self.flops:
+            if self.peak is not None and (self._mixed or tuple(active) not in self.flops):
                 counted = stack.enter_context(flops.Counted(self.parts.student_teacher))
             if any(self.due(later) for later in range(step + 1, step + 1 + self.window)):
                 for hook in self._hooks():
                     stack.callback(hook.remove)
             yield
             if counted is not None:
-                self.flops[tuple(active)] = counted.total
+                counts = self._counted[tuple(active)]
+                counts.append(counted.total)
+                self.flops[tuple(active)] = round(sum(counts) / len(counts))
 
     def keep(self, skipped: bool) -> None:
         """Takes what the step showed into the pool, or forgets it: the numbers of a skipped step are no numbers."""
@@ -120,6 +125,7 @@ class Monitor:
     def speed(self, active: Sequence[str], samples_per_second: float) -> dict[str, float | int]:
         """mfu where it is known, and the largest memory so far, in GB."""
         figures: dict[str, float | int] = {}
+        self._counted.clear()
         if (count := self.flops.get(tuple(active))) and self.peak is not None:
             figures["mfu"] = count * samples_per_second / self.batch_size / self.peak
         figures["memory_gb"] = peak_memory(torch.device("cpu")) / 1e9

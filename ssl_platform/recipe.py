@@ -74,6 +74,8 @@ class NetworkConfig(Config):
     """Of snapshot."""
     every: int = Field(1, ge=1)
     """Of snapshot."""
+    max_updates: int | None = Field(None, ge=1)
+    """Of snapshot: so many are taken at most; None = as long as the run lasts."""
     mode: Literal["eval", "train"] = "eval"
     """Of networks that are not trained: how drop path and batch norm behave."""
     buffers: Literal["own", "copy"] = "own"
@@ -284,6 +286,7 @@ def _role(network: NetworkConfig, steps: int) -> Role:
         momentum=build_schedule(network.momentum, steps),
         first_step=network.first_step,
         every=network.every,
+        max_updates=network.max_updates,
         mode=network.mode,
         buffers=network.buffers,
         freeze_steps=network.init.freeze_steps if network.init else 0,

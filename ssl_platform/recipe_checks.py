@@ -26,12 +26,14 @@ def check_sizes(recipe: "Recipe", world_size: int) -> list[str]:
         below = interval // recipe.log_every * recipe.log_every
         near = " or ".join(str(number) for number in (below, below + recipe.log_every) if number)
         lines.append(f"monitor_every: {interval} is not a multiple of log_every {recipe.log_every}; use {near}")
-    groups = recipe.modality.build(None).groups
+    modality = recipe.modality.build(None)
+    groups, variants = modality.groups, [variant.modality for variant in getattr(modality, "variants", ())]
     for name, masks in recipe.masks.items():
         if masks.group not in groups:
             lines.append(f"masks.{name}.group: '{masks.group}' is no group of views; there are {', '.join(groups)}")
         else:
-            lines += [f"masks.{name}.{problem}" for problem in masks.problems(groups[masks.group].grid)]
+            grids = dict.fromkeys(one.groups[masks.group].grid for one in variants or [modality])
+            lines += [f"masks.{name}.{problem}" for grid in grids for problem in masks.problems(grid)]
     return lines
 
 

@@ -23,6 +23,8 @@ class Role(NamedTuple):
     first_step: int = 0
     """Of snapshot: the step after which it is first taken, then every `every` steps."""
     every: int = 1
+    max_updates: int | None = None
+    """Of snapshot: so many are taken at most."""
     mode: Literal["eval", "train"] = "eval"
     """Of networks that are not trained: whether drop path and batch norm behave as in training."""
     buffers: Literal["own", "copy"] = "own"
@@ -109,7 +111,7 @@ class StudentTeacher(nn.Module):
             if role.update == "ema":
                 for follower, followed in self._pairs(name, role):
                     follow(follower, followed, role.momentum(step), role.buffers)
-            elif role.update == "snapshot" and step >= role.first_step and (step - role.first_step) % role.every == 0:
+            elif role.update == "snapshot" and _is_taken(role, step):
                 for follower, followed in self._pairs(name, role):
                     follow(follower, followed, 0.0, role.buffers)
 
@@ -183,6 +185,12 @@ class StudentTeacher(nn.Module):
             module.forward = torch.autocast(device, dtype)(module.forward)
 
 
+def _is_taken(role: Role, step: int) -> bool:
+    """Whether a snapshot is taken after `step`."""
+    number, rest = divmod(step - role.first_step, role.every)
+    return number >= 0 and rest == 0 and (role.max_updates is None or number < role.max_updates)
+
+
 @torch.no_grad()
 def follow(follower: nn.Module, followed: nn.Module, momentum: float, buffers: str = "own") -> None:
     """follower = momentum * follower + (1 - momentum) * followed, over the parameters that both have, in their dtype."""
@@ -197,7 +205,7 @@ def follow(follower: nn.Module, followed: nn.Module, momentum: float, buffers: s
 
 def _input(request: Forward, group: ViewGroup) -> Input:
     masks = group.masks[request.masks] if request.masks is not None else None
-    return Input(group.views, masks, request.mode, request.layers, request.arch)
+    return Input(group.views, masks, request.mode, request.layers, request.arch, request.group)
 
 
 def _named(losses: dict[str, Loss], field: str) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from ssl_platform.data.index import Index
 from ssl_platform.data.mixture import doubtful_cache, summary
 from ssl_platform.data.order import Order
 from ssl_platform.data.reading import BadSampleError
-from ssl_platform.data.shards import train_batches
+from ssl_platform.data.shards import modality_of_step, train_batches
 from ssl_platform.init_report import write_reports
 from ssl_platform.initialise import Initialiser
 from ssl_platform.log import Metrics, cut_back, logger, open_rank_log, set_up_logging, to_rank_log
@@ -148,7 +148,7 @@ def show_views(recipe: Recipe, path: Path) -> None:
     order = open_order(recipe, index)
     with closing(stage_batches(stage_plan(recipe)[0], recipe, index, order, modality, 0, {})) as batches:
         samples = [next(batches) for _ in range(min(NUM_SAMPLES, one_by_one))]
-    write_picture(contact_sheet(modality, samples), path)
+    write_picture(contact_sheet(modality_of_step(modality, recipe.seed, 0), samples), path)
     logger.info("wrote %s: views and masks of the first %d samples of step 0", path, len(samples))
 
 

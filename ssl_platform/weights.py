@@ -1,4 +1,4 @@
-"""Weights to start from: public files in DINOv2's or timm's format, timm's own, and our runs and exports.
+"""Weights to start from: public files in the formats of DINOv2, DINOv3 and timm, timm's own, and our runs and exports.
 
 Files of `torch.save` are read with `weights_only`, so that nothing in them runs; everything else is safetensors.
 """
@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ssl_platform import checkpoint
+from ssl_platform.backbones._eva import is_dinov3
 from ssl_platform.backbones._normalization import Normalization, normalization_of
 from ssl_platform.backbones.timm_models import TimmBackbone
 from ssl_platform.checkpoint import CheckpointError
@@ -31,7 +32,7 @@ class Weights(NamedTuple):
     """The tensors of one network as they were found, and what is known of it beyond them."""
 
     tensors: dict[str, Tensor]
-    layout: Literal["dinov2", "timm", "ssl_platform"]
+    layout: Literal["dinov2", "dinov3", "timm", "ssl_platform"]
     origin: str
     """The file or timm's name, for people."""
     sha256: str | None
@@ -39,7 +40,7 @@ class Weights(NamedTuple):
     grid: tuple[int, ...] | None = None
     """Of the position embedding, where it is known."""
     facts: dict[str, Any] = {}
-    """What no tensor shows and a network must share: num_heads, norm_eps."""
+    """What no tensor shows and a network must share: num_heads, norm_eps, rope_base."""
     heads: dict[str, dict[str, Tensor]] = {}
     """{name: tensors} of the heads that belong to the network: of a run or checkpoint of ours, or a DINOv2 training file."""
     normalization: Normalization | None = None
@@ -102,7 +103,7 @@ def _heads_of(file: Path, network: str) -> dict[str, dict[str, Tensor]]:
 def _of_module(module: nn.Module, origin: str, digest: str | None) -> Weights:
     if isinstance(module, TimmBackbone):
         return _of_timm(module.model, origin, digest)
-    facts = {key: getattr(module, key) for key in ("num_heads", "norm_eps") if hasattr(module, key)}
+    facts = {key: getattr(module, key) for key in ("num_heads", "norm_eps", "rope_base") if hasattr(module, key)}
     return Weights(module.state_dict(), "ssl_platform", origin, digest, getattr(module, "native_grid", None), facts)
 
 
@@ -133,6 +134,8 @@ def _of_timm(model: Any, origin: str, digest: str | None) -> Weights:
         facts["num_heads"] = blocks[0].attn.num_heads
     if isinstance(getattr(model, "norm", None), nn.LayerNorm):
         facts["norm_eps"] = model.norm.eps
+    if (rope := getattr(model, "rope", None)) is not None:  # other kinds than DINOv3's are told by their name
+        facts["rope_base"] = getattr(rope, "temperature", None) if hasattr(rope, "periods") else type(rope).__name__
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     return Weights(model.state_dict(), "timm", origin, digest, tuple(grid) if grid else None, facts)
 
@@ -149,7 +152,8 @@ def _from_file(path: Path, network: str | None, grid: tuple[int, ...] | None) ->
         for name in ("dino", "ibot")
     }
     heads = {name: found for name, found in heads.items() if found}
-    return Weights(tensors, "dinov2" if dinov2 else "timm", str(path), sha256(path), grid, heads=heads)
+    layout: Literal["dinov2", "dinov3", "timm"] = "dinov3" if is_dinov3(tensors) else "dinov2" if dinov2 else "timm"
+    return Weights(tensors, layout, str(path), sha256(path), grid, heads=heads)
 
 
 def _safetensors(path: Path) -> dict[str, Any]:

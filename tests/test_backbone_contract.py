@@ -19,6 +19,8 @@ CASES: dict[str, list[dict[str, Any]]] = {
     "vit": [
         {"embed_dim": 24, "depth": 2, "num_heads": 2, "drop_path": 0.2, "drop_path_schedule": "linear"},
         {"embed_dim": 24, "depth": 1, "num_heads": 2, "num_registers": 2, "ffn": "swiglu", "layer_scale": None},
+        {"embed_dim": 24, "depth": 2, "num_heads": 2, "num_registers": 1, "mask_k_bias": True}
+        | {"position": {"kind": "rope", "shift": 0.1, "rescale": 2.0}, "untied_norms": {"cls": True}},
     ],
     "timm_models": [
         {"model": "resnet18"},

@@ -39,6 +39,11 @@ def make(patch: int, size: int, seed: int = 0, **settings: Any) -> VisionTransfo
         layer_scale=config.layer_scale,
         qkv_bias=config.qkv_bias,
         interpolation=config.position.interpolation,
+        norm_eps=config.norm_eps,
+        mask_k_bias=config.mask_k_bias,
+        rope=config.position.rope,
+        untie_cls=config.untied_norms.cls,
+        local_group=config.untied_norms.local,
     )
     with torch.no_grad():
         for name, parameter in vit.named_parameters():

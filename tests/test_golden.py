@@ -26,6 +26,7 @@ STEPS = 6
 def losses(config: Path, run_dir: Path) -> list[dict[str, float]]:
     """What the first steps of a configuration report, without what depends on the machine, and what counts by thresholds."""
     overrides = [f"run_dir={run_dir}", f"steps={STEPS}", f"save_every={STEPS}", "log_every=1", "tensorboard=false"]
+    overrides.append("stages={}")  # all objectives from the first step
     train(load_recipe(config, overrides), torch.device("cpu"))
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     left_out = (*OF_THE_MACHINE, *POOLED)

@@ -425,16 +425,15 @@ def test_damaged_files_are_read_or_refused_in_words(kind: str, tmp_path: Path) -
     assert refused > 100
 
 
-def test_formats_that_need_rope_or_another_reader_are_refused(tmp_path: Path) -> None:
-    vit, state = make(8, 32, **SMALL), dict(timm_vit().state_dict())
-    for extra in ("storage_tokens", "rope_embed.periods", "blocks.0.attn.qkv.bias_mask"):
-        save_file({**state, extra: torch.zeros(3)}, tmp_path / "v3.safetensors")
-        text = refusal(vit, path=tmp_path / "v3.safetensors")
-        assert "DINOv3's format" in text and "rotary positions (RoPE)" in text and extra in text
+def test_positions_of_another_kind_and_other_readers_are_refused(tmp_path: Path) -> None:
+    vit = make(8, 32, **SMALL)
     rotary = timm.create_model("vit_small_patch16_dinov3", pretrained=False, embed_dim=32, depth=1, num_heads=2)
-    assert "has no pos_embed, as models of DINOv3 and EVA" in refusal(
-        vit, path=saved(rotary, tmp_path / "r.safetensors")
-    )
+    text = refusal(vit, path=saved(rotary, tmp_path / "r.safetensors"))
+    assert "has no pos_embed, as models of DINOv3 and EVA" in text and "position: {kind: rope}" in text
+    turning, learned = make(8, 32, position={"kind": "rope"}, **SMALL), saved(timm_vit(), tmp_path / "l.safetensors")
+    text = refusal(turning, path=learned)
+    assert "set position.kind: learned, or give up its positions with init.allow_unused: [pos_embed]" in text
+    assert fill(turning, path=learned, allow_unused=["pos_embed"]).unused == ["pos_embed"]
     save_file({"embeddings.cls_token": torch.zeros(1)}, tmp_path / "hf.safetensors")
     assert "transformers' format" in refusal(vit, path=tmp_path / "hf.safetensors")
 

@@ -24,6 +24,7 @@ VIT = {"name": "vit", "embed_dim": 16, "depth": 2, "num_heads": 2, "layer_scale"
 SMALL_HEAD = {"name": "projection", "num_prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8, "num_layers": 2}
 PAIR = {"student": {"backbone": VIT}, "teacher": {"update": "ema", "of": "student", "momentum": 0.9}}
 DINO = {"name": "dino", "teacher_temp": 0.04}
+GRAM = {"name": "gram", "teacher_group": "double", "masks": "block"}
 
 
 def toy(*groups: str) -> dict[str, Any]:
@@ -83,7 +84,7 @@ PROBES: dict[str, dict[str, Any]] = {
         "networks": PAIR | {"gram": {"update": "snapshot", "of": "teacher", "first_step": 1, "every": 2}},
         "heads": {"dino": SMALL_HEAD},
         "masks": {"block": {"name": "block", "min_tokens": 1}},
-        "objectives": {"dino": DINO | {"masks": {"global": "block"}}, "gram": {"name": "tests.probes.gram"}},
+        "objectives": {"dino": DINO | {"masks": {"global": "block"}}, "gram": GRAM},
     },
     "sdpn": {
         "modality": toy("global", "local", "single"),

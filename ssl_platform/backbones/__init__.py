@@ -22,6 +22,8 @@ class Input(NamedTuple):
     """Blocks, counted from 0, whose outputs are wanted as well."""
     arch: Any = None
     """Which sub-network runs; only elastic backbones accept one."""
+    group: str = "global"
+    """The name of the group of views: a network may treat one in its own way (`vit` has norms for local views)."""
 
 
 class Features(NamedTuple):
@@ -40,7 +42,7 @@ class Features(NamedTuple):
     positions: Tensor | None = None
     """(V, B, N, d): coordinates of the tokens, where tokens have coordinates rather than a grid."""
     grid: tuple[int, ...] | None = None
-    """Places of `patches` along each axis, in raster order; None where they lie on none or some are left out."""
+    """Tokens along each axis of a view, where they lie on a grid; hidden ones are counted."""
 
 
 class Backbone(Protocol):

@@ -7,10 +7,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_platform.backbones._rope import Rotation, of_rows, rotate
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(d)) v of (rows, heads, N, d) tensors; the one place where a backend is chosen."""
     return F.scaled_dot_product_attention(q, k, v)
+
+
+def without_key_bias(bias: Tensor) -> Tensor:
+    """The bias (3 D,) of queries, keys and values with that of the keys 0."""
+    query, key, value = bias.chunk(3)
+    return torch.cat([query, torch.zeros_like(key), value])
 
 
 class Rows(NamedTuple):
@@ -31,18 +39,24 @@ class LayerScale(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without its last layer."""
+    """Multi-head self-attention without its last layer; with `mask_k_bias` keys have no bias, whatever is stored."""
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool, mask_k_bias: bool = False) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.mask_k_bias = num_heads, mask_k_bias and qkv_bias
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(rows, N, D) -> (rows, N, D), what `proj` is applied to."""
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
+        """(rows, N, D) -> (rows, N, D), what `proj` is applied to; queries and keys are turned by `rotation`."""
         rows, length, dim = x.shape
-        q, k, v = self.qkv(x).view(rows, length, 3, self.num_heads, dim // self.num_heads).unbind(2)
+        bias: Tensor | None = self.qkv.bias
+        if self.mask_k_bias and bias is not None:
+            bias = without_key_bias(bias)
+        qkv = F.linear(x, self.qkv.weight, bias).view(rows, length, 3, self.num_heads, dim // self.num_heads)
+        q, k, v = qkv.unbind(2)
+        if rotation is not None:
+            q, k = rotate(qkv[:, :, :2], rotation).unbind(2)
         mixed = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (rows, heads, N, d)
         return mixed.transpose(1, 2).flatten(2)
 
@@ -77,25 +91,29 @@ class Block(nn.Module):
         layer_scale: float | None,
         qkv_bias: bool,
         norm_eps: float,
+        mask_k_bias: bool = False,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.attn = Attention(dim, num_heads, qkv_bias, mask_k_bias)
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else None
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = FeedForward(dim, hidden_dim, swiglu)
         self.ls2 = LayerScale(dim, layer_scale) if layer_scale is not None else None
 
-    def forward(self, groups: Sequence[Tensor], kept: Sequence[Rows | None]) -> list[Tensor]:
+    def forward(
+        self, groups: Sequence[Tensor], kept: Sequence[Rows | None], rotations: Sequence[Rotation | None]
+    ) -> list[Tensor]:
         """[(rows, N, D)] -> [(rows, N, D)]; where rows are kept, only those are computed and their sum scaled up."""
         projection, output = _scaled(self.attn.proj, self.ls1), _scaled(self.mlp.fc2, self.ls2)
         result = []
-        for x, rows in zip(groups, kept, strict=True):
+        for x, rows, rotation in zip(groups, kept, rotations, strict=True):
             if rows is None:
-                x = x + F.linear(self.attn(self.norm1(x)), *projection)
+                x = x + F.linear(self.attn(self.norm1(x), rotation), *projection)
                 x = x + F.linear(self.mlp(self.norm2(x)), *output)
             else:
-                branch = F.linear(self.attn(self.norm1(x.index_select(0, rows.attention))), *projection)
+                turned = of_rows(rotation, rows.attention)
+                branch = F.linear(self.attn(self.norm1(x.index_select(0, rows.attention)), turned), *projection)
                 scale = len(x) / len(branch)
                 x = x.index_add(0, rows.attention, branch.to(x.dtype), alpha=scale)
                 branch = F.linear(self.mlp(self.norm2(x.index_select(0, rows.feed_forward))), *output)

@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ssl_platform.backbones._blocks import without_key_bias
+from ssl_platform.backbones._eva import eva_arguments, eva_names, to_eva
 from ssl_platform.backbones._positions import interpolate_positions
 from ssl_platform.backbones.vit import VisionTransformer
 from ssl_platform.patch_embed import GridPatchEmbed
@@ -63,10 +65,15 @@ def from_timm(state: Mapping[str, Tensor], vit: VisionTransformer) -> dict[str, 
 
     A classification head is left out. timm has no mask token: it starts at zero. Where timm adds no position to the
     class token (`no_embed_class`) its position is zero; positions that timm adds to registers are merged into them.
-    LayerScale of ones, which `to_timm` may have added, is left out where `vit` has no LayerScale.
+    LayerScale of ones, which `to_timm` may have added, is left out where `vit` has no LayerScale. The norm of local views,
+    which timm does not know, starts as that of all.
     """
     ours = timm_names(state, vit.layer_scale is not None, vit.native_grid)
     ours.setdefault("mask_token", torch.zeros(1, vit.embed_dim))
+    if vit.local_cls_norm is not None:
+        ours |= {
+            f"local_cls_norm.{name}": ours[f"norm.{name}"] for name in ("weight", "bias") if f"norm.{name}" in ours
+        }
     if "pos_embed" in ours:
         ours["pos_embed"] = _at_native_grid(ours["pos_embed"], vit)
     return _checked(ours, vit, "timm")
@@ -74,7 +81,7 @@ def from_timm(state: Mapping[str, Tensor], vit: VisionTransformer) -> dict[str, 
 
 def timm_names(state: Mapping[str, Tensor], layer_scale: bool, grid: tuple[int, ...] | None) -> dict[str, Tensor]:
     """The tensors of a timm state dict as `vit` means them: see `from_timm`; `grid` is the likely one of its positions."""
-    ours = {key: value for key, value in state.items() if not key.startswith(("head.", "fc_norm."))}
+    ours = eva_names({key: value for key, value in state.items() if not key.startswith(("head.", "fc_norm."))})
     if not layer_scale:
         ours = {key: value for key, value in ours.items() if not (key.endswith(".gamma") and bool((value == 1).all()))}
     if "pos_embed" in ours:
@@ -96,7 +103,13 @@ def to_timm(vit: VisionTransformer) -> TimmModel:
     timm itself converts DINOv2's register models.
     """
     architecture, model_args = timm_arguments(vit)
-    state = {key: value for key, value in vit.state_dict().items() if key != "mask_token"}
+    if vit.rope is not None:
+        return TimmModel(architecture, model_args, {key: value.contiguous() for key, value in to_eva(vit).items()})
+    left_out = ("mask_token", "local_cls_norm.")
+    state = {key: value for key, value in vit.state_dict().items() if not key.startswith(left_out)}
+    if vit.mask_k_bias:
+        for key in (f"blocks.{i}.attn.qkv.bias" for i in range(vit.num_layers)):
+            state[key] = without_key_bias(state[key])
     if vit.num_registers:
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]
         state["pos_embed"] = state["pos_embed"][:, 1:]
@@ -111,6 +124,10 @@ def timm_arguments(vit: VisionTransformer) -> tuple[str, dict[str, Any]]:
     embed = vit.patch_embed
     if not isinstance(embed, GridPatchEmbed) or len(embed.patch_size) != 2 or vit.native_grid is None:
         raise ValueError("timm's vision transformer takes images: only networks on 2-D patches can be exported to it")
+    if vit.cls_norm is not None:
+        raise ValueError("untied_norms.cls: timm's vision transformers have one final norm for all tokens")
+    if vit.rope is not None:
+        return eva_arguments(vit)
     if vit.norm_eps != 1e-6:
         raise ValueError(f"norm_eps {vit.norm_eps}: timm's vision transformer has 1e-6, and no argument changes that")
     hidden = vit.hidden_dim * (2 if vit.swiglu else 1)

@@ -1,4 +1,4 @@
-"""Reading a learned position embedding at another resolution."""
+"""Reading a learned position embedding, or features, at another resolution."""
 
 from typing import Literal
 
@@ -40,4 +40,18 @@ def interpolate_positions(
             flat = resize(moved.reshape(1, -1, 1, old), (1, old), (1, new))  # (1, D * other axes, 1, new)
             x = flat.reshape(*moved.shape[:-1], new).movedim(-1, axis)
     assert x.shape[2:] == grid, f"interpolated to {tuple(x.shape[2:])} where {grid} was wanted"
+    return x.flatten(2).mT
+
+
+def resize_tokens(tokens: Tensor, old: tuple[int, ...], new: tuple[int, ...], antialias: bool = False) -> Tensor:
+    """(rows, prod(old), D) -> (rows, prod(new), D): bicubic to the size of `new`, along every axis, in float32."""
+    x = tokens.float().mT.reshape(len(tokens), -1, *old)  # (rows, D, *old)
+    if len(old) == 2:
+        x = F.interpolate(x, size=new, mode="bicubic", antialias=antialias)
+    else:
+        for axis, length in enumerate(new, start=2):
+            moved = x.movedim(axis, -1)
+            flat = moved.reshape(len(tokens), -1, 1, moved.shape[-1])  # (rows, D * other axes, 1, length)
+            flat = F.interpolate(flat, size=(1, length), mode="bicubic", antialias=antialias)
+            x = flat.reshape(*moved.shape[:-1], length).movedim(-1, axis)
     return x.flatten(2).mT

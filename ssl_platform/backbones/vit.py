@@ -16,19 +16,10 @@ from ssl_platform import config as configuration
 from ssl_platform.backbones import Features, Input
 from ssl_platform.backbones._blocks import Block, Rows
 from ssl_platform.backbones._positions import interpolate_positions
+from ssl_platform.backbones._rope import Rope, Rotation, check_rope, rotation
+from ssl_platform.backbones._vit_options import PositionConfig, UntiedNormsConfig
 from ssl_platform.modalities import Modality
 from ssl_platform.patch_embed import GridPatchEmbed, Tokens
-
-
-class PositionConfig(configuration.Config):
-    """How the position embedding is read at another resolution than the native one."""
-
-    interpolation: Literal["dinov2", "timm"] = "dinov2"
-    """`dinov2`: bicubic by the scale factor (size + offset) / native; `timm`: bicubic to size, antialiased."""
-    offset: float = 0.1
-    """`dinov2` only: guards against a size rounded down; 0 asks for the exact size, as its register models do."""
-    antialias: bool = False
-    """`dinov2` only: its register models have it on."""
 
 
 class Config(configuration.PluginConfig):
@@ -54,8 +45,11 @@ class Config(configuration.PluginConfig):
     drop_path_schedule: Literal["uniform", "linear"] = "uniform"
     """The same rate in every block, or rising from 0 in the first to `drop_path` in the last."""
     qkv_bias: bool = True
+    mask_k_bias: bool = False
+    """The keys have no bias all the same: that part of qkv.bias counts as 0 (DINOv3). With RoPE it would matter."""
     norm_eps: float = Field(default=1e-6, gt=0)
-    """Epsilon of the layer norms."""
+    """Epsilon of the layer norms; DINOv3's released models have 1e-5."""
+    untied_norms: UntiedNormsConfig = UntiedNormsConfig()
     position: PositionConfig = PositionConfig()
     patch_size: int | None = Field(default=None, gt=0)
     """Side of its patches, where it differs from the modality's: a frozen teacher's, say; None = the modality's."""
@@ -69,6 +63,8 @@ class Config(configuration.PluginConfig):
     def build(self, modality: Modality, group: str = "global") -> "VisionTransformer":
         """The network for the views of `group`, initialised from the global torch generator."""
         patch_embed = modality.patch_embed(self.embed_dim, group)
+        if (local := self.untied_norms.local) is not None and local not in modality.groups:
+            raise ValueError(f"untied_norms.local: no group '{local}' of views; there are {', '.join(modality.groups)}")
         if self.patch_size is not None:
             patch_embed = with_patches(patch_embed, self.embed_dim, modality.groups[group].shape, self.patch_size)
         return VisionTransformer(
@@ -87,6 +83,10 @@ class Config(configuration.PluginConfig):
             interpolation=self.position.interpolation,
             interpolation_offset=self.position.offset,
             interpolation_antialias=self.position.antialias,
+            mask_k_bias=self.mask_k_bias,
+            rope=self.position.rope,
+            untie_cls=self.untied_norms.cls,
+            local_group=self.untied_norms.local,
         )
 
     @property
@@ -122,7 +122,8 @@ def with_patches(patch_embed: nn.Module, embed_dim: int, shape: tuple[int, ...],
 class VisionTransformer(nn.Module):
     """A vision transformer with class, register and patch tokens, in this order (arXiv 2010.11929, 2309.16588).
 
-    `native_grid` is the grid of the learned position embedding; None if `patch_embed` brings its own positions.
+    `native_grid` is the grid of the learned position embedding; None if `patch_embed` brings its own positions. With
+    `rope` there is none, and `native_grid` is but the usual one. `untie_cls` and `local_group`: see UntiedNormsConfig.
     """
 
     def __init__(
@@ -143,22 +144,33 @@ class VisionTransformer(nn.Module):
         interpolation: Literal["dinov2", "timm"] = "dinov2",
         interpolation_offset: float = 0.1,
         interpolation_antialias: bool = False,
+        mask_k_bias: bool = False,
+        rope: Rope | None = None,
+        untie_cls: bool = False,
+        local_group: str | None = None,
     ) -> None:
         super().__init__()
+        if rope is not None:
+            check_rope(native_grid, embed_dim // num_heads)
         self.embed_dim, self.num_layers, self.num_registers, self.num_heads = embed_dim, depth, num_registers, num_heads
         self.hidden_dim, self.swiglu, self.layer_scale = hidden_dim, swiglu, layer_scale
-        self.qkv_bias, self.norm_eps = qkv_bias, norm_eps
+        self.qkv_bias, self.mask_k_bias, self.norm_eps = qkv_bias, mask_k_bias and qkv_bias, norm_eps
+        self.rope, self.local_group = rope, local_group
         self.native_grid, self.drop_path = native_grid, list(drop_path) or [0.0] * depth
         self.interpolation, self.offset, self.antialias = interpolation, interpolation_offset, interpolation_antialias
         self.patch_embed = patch_embed
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(native_grid), embed_dim)) if native_grid else None
+        learned = native_grid is not None and rope is None
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + math.prod(native_grid or ()), embed_dim)) if learned else None
         self.reg_token = nn.Parameter(torch.empty(1, num_registers, embed_dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, hidden_dim, swiglu, layer_scale, qkv_bias, norm_eps) for _ in range(depth)
+            Block(embed_dim, num_heads, hidden_dim, swiglu, layer_scale, qkv_bias, norm_eps, mask_k_bias)
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
+        self.cls_norm = nn.LayerNorm(embed_dim, eps=norm_eps) if untie_cls else None
+        self.local_cls_norm = nn.LayerNorm(embed_dim, eps=norm_eps) if local_group is not None else None
         self._initialise()
 
     def _initialise(self) -> None:
@@ -178,11 +190,13 @@ class VisionTransformer(nn.Module):
         """One entry for each input; equal to separate calls in the same order, bit for bit, drop path included."""
         embedded = [self._embed(item) for item in inputs]
         groups = [tokens.rows for tokens in embedded]
-        kept = [self._draw_rows(len(rows), rows.device) for rows in groups]
+        # All drawn before the blocks, so that recomputing a block meets the same; a group's together, as in its own call.
+        drawn = [(self._rotation(tokens), self._draw_rows(len(tokens.rows), tokens.rows.device)) for tokens in embedded]
+        rotations = [turned for turned, _ in drawn]
         wanted = {layer for item in inputs for layer in item.layers}
         between: dict[int, list[Tensor]] = {}
         for i, block in enumerate(self.blocks):
-            groups = block(groups, [rows[i] for rows in kept])
+            groups = block(groups, [kept[i] for _, kept in drawn], rotations)
             if i in wanted:
                 between[i] = groups
         return [
@@ -190,12 +204,17 @@ class VisionTransformer(nn.Module):
             for g, (item, tokens) in enumerate(zip(inputs, embedded, strict=True))
         ]
 
+    @property
+    def rope_base(self) -> float | tuple[float, float] | None:
+        """What RoPE's periods come from, which no weight shows; None for a learned embedding."""
+        return None if self.rope is None else self.rope.min_max_period or self.rope.base
+
     def layer_of(self, parameter: str) -> int:
-        """0 for what comes before the blocks, i + 1 for block i, num_layers + 1 for the final norm."""
+        """0 for what comes before the blocks, i + 1 for block i, num_layers + 1 for the final norms."""
         first, _, rest = parameter.partition(".")
         if first == "blocks":
             return int(rest.partition(".")[0]) + 1
-        return self.num_layers + 1 if first == "norm" else 0
+        return self.num_layers + 1 if first in ("norm", "cls_norm", "local_cls_norm") else 0
 
     def _embed(self, item: Input) -> "_Embedded":
         """Views to rows of tokens: masked, with positions, behind the class and register tokens."""
@@ -205,14 +224,14 @@ class VisionTransformer(nn.Module):
         tokens: Tokens = self.patch_embed(item.views.flatten(0, 1))
         content = tokens.content.reshape(num_views, batch, *tokens.content.shape[1:])  # (V, B, N, D)
         cls_position, position = self._positions(tokens)
-        position = position if len(position) == 1 else position.reshape(content.shape)
+        position = position if position is None or len(position) == 1 else position.reshape(content.shape)
         visible = None
         if masks is not None:
             content = content[:, None]  # (V, 1, B, N, D)
-            position = position if len(position) == 1 else position[:, None]
+            position = position if position is None or len(position) == 1 else position[:, None]
             if item.mode == "token":
                 content = torch.where(masks[..., None], self.mask_token.to(content.dtype), content)  # (V, M, B, N, D)
-        patches = content + position
+        patches = content if position is None else content + position
         if masks is not None and item.mode == "drop":
             visible = _visible(masks)  # (V, M, B, N_visible)
             patches = patches.expand(*masks.shape, -1).gather(
@@ -229,8 +248,10 @@ class VisionTransformer(nn.Module):
             tokens.grid,
         )
 
-    def _positions(self, tokens: Tokens) -> tuple[Tensor | float, Tensor]:
-        """The positions of the class token, and of the patches: (1 or V B, N, D)."""
+    def _positions(self, tokens: Tokens) -> tuple[Tensor | float, Tensor | None]:
+        """What is added to the class token, and to the patches: (1 or V B, N, D), or None."""
+        if self.rope is not None:
+            return 0.0, None
         if self.pos_embed is None:
             assert tokens.position is not None, "a patch embedding without a native grid must bring positions"
             return 0.0, tokens.position
@@ -240,8 +261,24 @@ class VisionTransformer(nn.Module):
         )
         return self.pos_embed[:, :1], interpolated
 
+    def _rotation(self, tokens: "_Embedded") -> Rotation | None:
+        """By what the tokens of a group are turned in every block."""
+        if self.rope is None:
+            return None
+        assert tokens.grid is not None
+        return rotation(
+            self.rope,
+            tokens.grid,
+            head_dim=self.embed_dim // self.num_heads,
+            num_front=1 + self.num_registers,
+            augment=self.training,
+            dtype=torch.promote_types(tokens.rows.dtype, torch.float32),  # bfloat16 does not tell neighbours apart
+            device=tokens.rows.device,
+            visible=None if tokens.visible is None else tokens.visible.flatten(0, -2),
+        )
+
     def _draw_rows(self, num_rows: int, device: torch.device) -> list[Rows | None]:
-        """The rows that each block computes; all drawn at once, so that recomputing a block meets the same ones."""
+        """The rows that each block computes."""
         if not self.training or not any(self.drop_path):
             return [None] * self.num_layers
         orders = torch.rand(self.num_layers, 2, num_rows, device=device).argsort(dim=-1)
@@ -252,7 +289,7 @@ class VisionTransformer(nn.Module):
         ]
 
     def _features(self, item: Input, last: Tensor, between: Sequence[Tensor], embedded: "_Embedded") -> Features:
-        cls, registers, patches = self._split(self.norm(last), item)
+        cls, registers, patches = self._split(self._normalised(last, item.group), item)
         layers = [self._split(rows, item) for rows in between]
         return Features(
             cls=cls,
@@ -261,8 +298,18 @@ class VisionTransformer(nn.Module):
             layers=tuple((cls, patches) for cls, _, patches in layers),
             visible=embedded.visible,
             positions=embedded.coordinates,
-            grid=embedded.grid if embedded.visible is None else None,
+            grid=embedded.grid,
         )
+
+    def _normalised(self, rows: Tensor, group: str) -> Tensor:
+        """(rows, 1 + R + N, D) after the final norm, or the final norms of class and register tokens and of patches."""
+        front = self.norm if self.cls_norm is None else self.cls_norm
+        if self.local_cls_norm is not None and self.training and group == self.local_group:
+            front = self.local_cls_norm
+        if front is self.norm:
+            return self.norm(rows)  # type: ignore[no-any-return]
+        first = 1 + self.num_registers
+        return torch.cat([front(rows[:, :first]), self.norm(rows[:, first:])], dim=1)
 
     def _split(self, rows: Tensor, item: Input) -> tuple[Tensor, Tensor, Tensor]:
         """(rows, 1 + R + N, D) -> the class, register and patch tokens with their axes V, [M], B."""

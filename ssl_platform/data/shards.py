@@ -101,6 +101,20 @@ class DataConfig(Config):
         )
 
 
+def modality_of_step(modality: Modality, seed: int, step: int) -> Modality:
+    """What makes the views of a step: the modality, or one of its variants, drawn by seed and step alone.
+
+    So all ranks, workers and micro-batches of a step agree, and nothing needs to be saved.
+    """
+    variants = getattr(modality, "variants", ())
+    if not variants:
+        return modality
+    shares = np.cumsum([variant.probability for variant in variants])
+    drawn = generator("variant", seed, step).random() * shares[-1]
+    chosen: Modality = variants[min(int(np.searchsorted(shares, drawn, side="right")), len(variants) - 1)].modality
+    return chosen
+
+
 class MicroBatches(Dataset[Batch]):
     """Item j is the j-th micro-batch of one rank, from `first_step` on: a pure function of its arguments."""
 
@@ -141,11 +155,12 @@ class MicroBatches(Dataset[Batch]):
             rank=self.rank,
             world_size=self.world_size,
         )
+        modality = modality_of_step(self.modality, self.seed, step)
         self._expect(positions)
         replaced: list[str] = []
         filtered: list[str] = []
         with reproducible():
-            samples = [self._sample(position, replaced, filtered) for position in positions]
+            samples = [self._sample(modality, position, replaced, filtered) for position in positions]
             ids, keys, views = zip(*samples, strict=True)
             batch = collate(
                 views,
@@ -156,7 +171,7 @@ class MicroBatches(Dataset[Batch]):
                 replaced=replaced,
                 filtered=len(filtered),
             )
-            return self._with_masks(batch, first=positions.start - step * self.batch_size)
+            return self._with_masks(batch, modality, first=positions.start - step * self.batch_size)
 
     def _expect(self, positions: range) -> None:
         """Has remote shards fetched ahead: those of the windows that these positions are in, and of the next one."""
@@ -166,7 +181,7 @@ class MicroBatches(Dataset[Batch]):
         self.reader.expect(self.reader.shards_of(current), self.reader.shards_of(following))
 
     def _sample(
-        self, position: int, replaced: list[str], filtered: list[str]
+        self, modality: Modality, position: int, replaced: list[str], filtered: list[str]
     ) -> tuple[int, str, dict[str, SampleViews]]:
         """The sample at a position of the order: its id, its key, its views."""
         epoch, sample = self.order[position]  # an epoch is a pass of the sample's source or class
@@ -175,7 +190,7 @@ class MicroBatches(Dataset[Batch]):
         while len(bad) <= MAX_SUBSTITUTES and len(unwanted) <= MAX_FILTERED:
             attempt = len(bad) + len(unwanted)
             try:
-                key, views = self._views(sample, epoch, *([position, attempt] if attempt else []))
+                key, views = self._views(modality, sample, epoch, *([position, attempt] if attempt else []))
             except BadSampleError as error:
                 (unwanted if isinstance(error.__cause__, Filtered) else bad).append(str(error))
                 window = self.order.window(position)
@@ -188,7 +203,9 @@ class MicroBatches(Dataset[Batch]):
         listed = "\n  ".join(reasons[: MAX_SUBSTITUTES + 1])
         raise BadSampleError(f"{len(reasons)} samples in a row cannot be used:\n  {listed}")
 
-    def _views(self, sample: int, epoch: int, *more_seeds: int) -> tuple[str, dict[str, SampleViews]]:
+    def _views(
+        self, modality: Modality, sample: int, epoch: int, *more_seeds: int
+    ) -> tuple[str, dict[str, SampleViews]]:
         """Read -> decode -> (companions likewise) -> augment, seeded by (seed, key, epoch).
 
         A substitute has more seeds, lest it looks exactly like itself where the epoch shows it anyway.
@@ -199,15 +216,15 @@ class MicroBatches(Dataset[Batch]):
         examples = (example, *(decoded(self.reader, self.modality, other)[1] for other in others))
         torch.default_generator.manual_seed(int(rng.integers(2**63)))  # torch.manual_seed would seed GPUs too
         try:
-            return key, self.modality.augment(examples, rng)
+            return key, modality.augment(examples, rng)
         except Exception as error:  # whatever one sample makes a library raise must not end the run
             raise BadSampleError(f"{self.reader.shard_name(sample)}: {shown(key)}: {reason(error)}") from error
 
-    def _with_masks(self, batch: Batch, first: int) -> Batch:
+    def _with_masks(self, batch: Batch, modality: Modality, first: int) -> Batch:
         """Draws this micro-batch's part of the masks of the global batch."""
         groups = dict(batch.groups)
         for name, masks in self.masks.items():
-            spec = self.modality.groups[masks.group]
+            spec = modality.groups[masks.group]
             drawn = masks.draw(
                 spec.num_views,
                 spec.grid,

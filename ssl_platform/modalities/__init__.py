@@ -27,6 +27,16 @@ class GroupSpec(NamedTuple):
     """Of one view, without the batch axis: (C, H, W) for images."""
     grid: tuple[int, ...]
     """Tokens along each axis: (H / patch, W / patch) for images."""
+    shows: str | None = None
+    """Another group whose crops, view by view, these views show; None: crops of its own."""
+
+
+class Variant(NamedTuple):
+    """One of the ways in which a modality may make the views of a step."""
+
+    probability: float
+    modality: "Modality"
+    """The same but for the shapes of its groups."""
 
 
 class Modality(Protocol):
@@ -34,6 +44,14 @@ class Modality(Protocol):
 
     groups: dict[str, GroupSpec]
     """The groups that `augment` makes; "global" is always there."""
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """Where the sizes of views differ from step to step: what one is drawn of for each step (`data/shards.py`).
+
+        `groups` then says only what networks and evaluation are made for. May be left out.
+        """
+        ...
 
     def decode(self, record: dict[str, bytes]) -> Any:
         """One record of a shard ({extension: bytes}) -> an example; raises ValueError with the reason if it is bad."""

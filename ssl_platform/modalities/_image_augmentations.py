@@ -64,7 +64,23 @@ def resized_crop(image: Tensor, box: Box, size: Size) -> Tensor:
     return resize(crop, size)
 
 
-def random_view(
+class Cut(NamedTuple):
+    """Which part of an image a view shows, and how it is held."""
+
+    box: Box
+    quarter_turns: int
+    horizontal_flip: bool
+    vertical_flip: bool
+
+    def __call__(self, image: Tensor, size: Size) -> Tensor:
+        """The view (C, *size); at several sizes the same view."""
+        view = resized_crop(image, self.box, size[::-1] if self.quarter_turns % 2 else size)
+        view = view.flip(-1) if self.horizontal_flip else view
+        view = view.flip(-2) if self.vertical_flip else view
+        return torch.rot90(view, self.quarter_turns, (-2, -1)) if self.quarter_turns else view
+
+
+def random_cut(
     image: Tensor,
     rng: np.random.Generator,
     *,
@@ -73,16 +89,12 @@ def random_view(
     horizontal_flip: float,
     vertical_flip: float,
     right_angle_rotation: float,
-) -> Tensor:
-    """A part of the image at `size`, flipped and turned by 90, 180 or 270 degrees with these probabilities."""
+) -> Cut:
+    """A part of the image for views of `size`, flipped and turned by 90, 180 or 270 degrees with these probabilities."""
     quarter_turns = int(rng.integers(1, 4)) if rng.random() < right_angle_rotation else 0
     size = size[::-1] if quarter_turns % 2 else size
-    view = resized_crop(image, box(rng, (image.shape[-2], image.shape[-1]), size), size)
-    if rng.random() < horizontal_flip:
-        view = view.flip(-1)
-    if rng.random() < vertical_flip:
-        view = view.flip(-2)
-    return torch.rot90(view, quarter_turns, (-2, -1)) if quarter_turns else view
+    part = box(rng, (image.shape[-2], image.shape[-1]), size)
+    return Cut(part, quarter_turns, bool(rng.random() < horizontal_flip), bool(rng.random() < vertical_flip))
 
 
 # -- colour ------------------------------------------------------------------------------------------------------------

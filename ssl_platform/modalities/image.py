@@ -1,9 +1,10 @@
 """Images of any number of channels, 8 or 16 bit: DINO's multi-crop augmentation."""
 
+import copy
 import difflib
-from collections.abc import Mapping
-from functools import partial
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from functools import cached_property, partial
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -13,9 +14,19 @@ from torch import Tensor
 
 from ssl_platform.config import Config as Section
 from ssl_platform.config import PluginConfig
-from ssl_platform.modalities import GroupSpec
+from ssl_platform.modalities import GroupSpec, Variant
 from ssl_platform.modalities import _image_augmentations as augmentations
 from ssl_platform.modalities._image_augmentations import BoxSampler, Step
+from ssl_platform.modalities._image_views import (
+    CopyConfig,
+    CopyRecipe,
+    CropsConfig,
+    GroupRecipe,
+    ResolutionConfig,
+    Views,
+    copies_problems,
+    resolutions_problems,
+)
 from ssl_platform.modalities._images import (
     EXTENSIONS,
     IMAGENET_MEAN,
@@ -34,7 +45,6 @@ from ssl_platform.modalities._options import (
     Probability,
     SizeOption,
     Strength,
-    check_interval,
     from_list,
     over_defaults,
     pair,
@@ -44,24 +54,6 @@ from ssl_platform.patch_embed import GridPatchEmbed
 from ssl_platform.views import SampleViews
 
 # -- configuration -----------------------------------------------------------------------------------------------------
-
-
-class CropsConfig(Section):
-    """One group of crops."""
-
-    num: int = Field(ge=0)
-    """Views of this group; 0 leaves it out."""
-    size: SizeOption
-    """One number, or [height, width]; a multiple of the patch size."""
-    scale: Interval
-    """Share of the image's area that a crop shows: uniform in [min, max]."""
-    aspect: Interval = (3 / 4, 4 / 3)
-    """Width / height of the part shown: log-uniform in [min, max]."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "CropsConfig":
-        raise_if_any(check_interval("scale", self.scale, 1) + check_interval("aspect", self.aspect))
-        return self
 
 
 class ColorJitterConfig(Section):
@@ -91,6 +83,12 @@ class Config(PluginConfig):
         "local": CropsConfig(num=8, size=96, scale=(0.05, 0.32)),
     }
     """Groups of views; keys that are left out keep their defaults, and further groups may be added."""
+    copies: dict[str, CopyConfig] = {}
+    """Further groups, such as {gram: {of: global, size: 512}}: each view of another group once more, the same part of the
+    image with its flips and turns, at another size and without colour augmentations: for a network that sees more."""
+    resolutions: list[ResolutionConfig] = []
+    """Mixed resolutions: for each step one of these is drawn, for all ranks and samples (DINOv3's high-resolution stage).
+    The sizes in `crops` and `copies` then only say what position embeddings and evaluation are made for."""
     horizontal_flip: Probability = 0.5
     vertical_flip: Probability = 0.0
     right_angle_rotation: Probability = 0.0
@@ -135,6 +133,7 @@ class Config(PluginConfig):
         if self.crops["global"].num < 1:
             lines.append("crops.global.num: at least 1, the teacher needs a view")
         sizes = {f"crops.{name}.size": crops.size for name, crops in self.crops.items() if crops.num}
+        sizes |= {f"copies.{name}.size": copied.size for name, copied in self.copies.items()}
         if self.evaluation_size is not None:
             sizes["evaluation_size"] = self.evaluation_size
         for key, size in sizes.items():
@@ -147,6 +146,7 @@ class Config(PluginConfig):
                 near = next(iter(difflib.get_close_matches(group, self.crops, n=1)), "")
                 hint = f"did you mean '{near}'?" if near else f"there are {', '.join(self.crops)}"
                 lines.append(f"{key}.{group}: no group of crops has this name; {hint}")
+        lines += copies_problems(self.crops, self.copies)
         if (self.mean is None) != (self.std is None):
             lines.append("mean, std: give both or neither")
         for key, values in (("mean", self.mean), ("std", self.std)):
@@ -160,7 +160,20 @@ class Config(PluginConfig):
             lines.append(f"to_grey: makes 1 or 3 channels, not channels: {self.channels}")
         if any(cover < size for cover, size in zip(*self._evaluation_sizes(), strict=True)):
             lines.append(f"evaluation_resize: {self.evaluation_resize} does not cover evaluation_size")
+        if not lines:
+            names = [*(name for name, crops in self.crops.items() if crops.num), *self.copies]
+            lines += resolutions_problems(self.resolutions, names, lambda sizes: self.at(sizes).problems())
         return lines
+
+    def at(self, sizes: Mapping[str, SizeOption]) -> "Config":
+        """The same with other sizes of views, the same in every step."""
+        changed: dict[str, Any] = {"resolutions": []}
+        for key, groups in (("crops", self.crops), ("copies", self.copies)):
+            changed[key] = {
+                name: group.model_copy(update={"size": sizes.get(name, group.size)}) for name, group in groups.items()
+            }
+        cover, size = self._evaluation_sizes()
+        return self.model_copy(update=changed | {"evaluation_size": size, "evaluation_resize": cover})
 
     @property
     def needs_statistics(self) -> str:
@@ -192,7 +205,8 @@ class Config(PluginConfig):
         return {
             "channels": self.channels,
             "patch_size": pair(self.patch_size),
-            "recipes": {name: self._recipe(name, crops) for name, crops in self.crops.items() if crops.num},
+            "views": self._views(),
+            "mixed": [(one.probability, self.at(one.sizes)._views()) for one in self.resolutions],
             "intensity": intensity,
             "normalization": self._normalization(statistics),
             "evaluation_size": size,
@@ -200,16 +214,20 @@ class Config(PluginConfig):
             "keep_exact_size": self.evaluation_resize is None,
         }
 
+    def _views(self) -> "Views":
+        recipes = {name: self._recipe(name, crops) for name, crops in self.crops.items() if crops.num}
+        return Views(recipes, {name: CopyRecipe(copied.of, pair(copied.size)) for name, copied in self.copies.items()})
+
     def _recipe(self, group: str, crops: CropsConfig) -> "GroupRecipe":
-        geometry = partial(
-            augmentations.random_view,
+        cut = partial(
+            augmentations.random_cut,
             box=self._box_sampler(crops),
             size=pair(crops.size),
             horizontal_flip=self.horizontal_flip,
             vertical_flip=self.vertical_flip,
             right_angle_rotation=self.right_angle_rotation,
         )
-        return GroupRecipe(pair(crops.size), geometry, tuple(self._colors(group, view) for view in range(crops.num)))
+        return GroupRecipe(pair(crops.size), cut, tuple(self._colors(group, view) for view in range(crops.num)))
 
     def _box_sampler(self, crops: CropsConfig) -> BoxSampler:
         return partial(augmentations.random_box, scale=crops.scale, aspect=crops.aspect)
@@ -251,16 +269,6 @@ class Config(PluginConfig):
 # -- modality ----------------------------------------------------------------------------------------------------------
 
 
-class GroupRecipe(NamedTuple):
-    """How the views of one group are made."""
-
-    size: Size
-    geometry: Step
-    """Image -> a view of `size`."""
-    colors: tuple[tuple[Step, ...], ...]
-    """What happens to the pixels of each view, as float32."""
-
-
 class Image:
     """Images as Modality; examples are uint8 or uint16 tensors (C, H, W)."""
 
@@ -269,7 +277,8 @@ class Image:
         *,
         channels: int,
         patch_size: Size,
-        recipes: dict[str, GroupRecipe],
+        views: Views,
+        mixed: Sequence[tuple[float, Views]],
         intensity: IntensityRange | None,
         normalization: Normalization,
         evaluation_size: Size,
@@ -278,20 +287,43 @@ class Image:
     ) -> None:
         self.channels = channels
         self.patch_size = patch_size
-        self.recipes = recipes
         self.intensity = intensity
         self.normalization = normalization
         self.evaluation_size = evaluation_size
         self.evaluation_resize = evaluation_resize
         self.keep_exact_size = keep_exact_size
+        self._mixed = mixed
+        self._show(views)
+
+    def _show(self, views: Views) -> None:
+        """Sets what `augment` makes."""
+        self.recipes, self.copies = views
         self.groups: dict[str, GroupSpec] = {}
         self.sources: dict[str, Tensor] = {}
         first = 0
-        for name, recipe in recipes.items():
-            grid = (recipe.size[0] // patch_size[0], recipe.size[1] // patch_size[1])
-            self.groups[name] = GroupSpec(len(recipe.colors), (channels, *recipe.size), grid)
+        for name, recipe in self.recipes.items():
+            self.groups[name] = self._spec(len(recipe.colors), recipe.size)
             self.sources[name] = torch.arange(first, first + len(recipe.colors))
             first += len(recipe.colors)
+        for name, copied in self.copies.items():
+            spec = self._spec(self.groups[copied.of].num_views, copied.size)
+            self.groups[name] = spec._replace(shows=copied.of)
+            self.sources[name] = self.sources[copied.of]
+
+    def _spec(self, num_views: int, size: Size) -> GroupSpec:
+        grid = (size[0] // self.patch_size[0], size[1] // self.patch_size[1])
+        return GroupSpec(num_views, (self.channels, *size), grid)
+
+    @cached_property
+    def variants(self) -> tuple[Variant, ...]:
+        """One for each of the configuration's `resolutions`."""
+        made = []
+        for probability, views in self._mixed:
+            other = copy.copy(self)
+            other._mixed = ()
+            other._show(views)
+            made.append(Variant(probability, other))
+        return tuple(made)
 
     def decode(self, record: dict[str, bytes]) -> Tensor:
         """The record's image, the first of EXTENSIONS it has, as uint8 or uint16 (C, H, W)."""
@@ -305,16 +337,21 @@ class Image:
 
     def augment(self, examples: tuple[Tensor, ...], rng: np.random.Generator) -> dict[str, SampleViews]:
         """Each group's crops of examples[0]: views (V, C, H, W) float32, every crop a source of its own."""
-        groups = {}
+        made: dict[str, list[Tensor]] = {name: [] for name in self.groups}
         for name, recipe in self.recipes.items():
-            views = []
             for steps in recipe.colors:
-                view = self._pixels(recipe.geometry(examples[0], rng))
+                cut = recipe.cut(examples[0], rng)
+                view = self._pixels(cut(examples[0], recipe.size))
                 for step in steps:
                     view = step(view, rng)
-                views.append(view)
-            groups[name] = SampleViews(self.normalization(torch.stack(views)), self.sources[name])
-        return groups
+                made[name].append(view)
+                for copied, (of, size) in self.copies.items():
+                    if of == name:
+                        made[copied].append(self._pixels(cut(examples[0], size)))
+        return {
+            name: SampleViews(self.normalization(torch.stack(views)), self.sources[name])
+            for name, views in made.items()
+        }
 
     def preprocess(self, example: Tensor) -> Tensor:
         """The image scaled (antialiased bicubic) and cut to `evaluation_size`, normalised: (C, H, W) float32."""

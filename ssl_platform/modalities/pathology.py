@@ -16,6 +16,7 @@ from torch import Tensor
 from ssl_platform.config import Config as Section
 from ssl_platform.modalities import Filtered, image
 from ssl_platform.modalities._image_augmentations import Box, BoxSampler, Step, place
+from ssl_platform.modalities._image_views import CropsConfig
 from ssl_platform.modalities._images import Size, to_float
 from ssl_platform.modalities._options import (
     Interval,
@@ -107,7 +108,7 @@ class Config(image.Config):
             **self._arguments(statistics),
         )
 
-    def _box_sampler(self, crops: image.CropsConfig) -> BoxSampler:
+    def _box_sampler(self, crops: CropsConfig) -> BoxSampler:
         if self.context is None:
             return super()._box_sampler(crops)
         return partial(translated_box, scale=self.context.scale, aspect=self.context.aspect)
