@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from statistics import median
 
 import torch
@@ -21,7 +22,8 @@ from ssl_platform.estimate import random_batch
 from ssl_platform.flops import Counted, matmul_rate
 from ssl_platform.progress import peak_memory
 from ssl_platform.recipe import Recipe
-from ssl_platform.step import build, train_step
+from ssl_platform.step import Parts, build, train_step
+from ssl_platform.views import Batch
 
 BATCH = 8
 
@@ -51,19 +53,28 @@ def recipe(precision: str, prototypes: int, batch_size: int) -> Recipe:
     return validate(Recipe, data)
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def measure(precision: str, prototypes: int, batch_size: int, repeats: int, device: torch.device) -> dict[str, object]:
-    """One line: samples/s, mfu and peak memory."""
+def prepare(
+    precision: str, prototypes: int, batch_size: int, device: torch.device, overrides: Sequence[str] = ()
+) -> tuple[Parts, Batch, list[str]]:
+    """What `train_step` is called with."""
     settings = recipe(precision, prototypes, batch_size)
     torch.manual_seed(0)
     parts = build(settings, settings.modality.build(None), 1, device)
     masks = {name: config.build() for name, config in settings.masks.items()}
     batch = random_batch(settings.modality.build(None), masks, batch_size).to(device)
-    active = list(settings.objectives)
+    return parts, batch, list(settings.objectives)
+
+
+def synchronise(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def measure(
+    precision: str, prototypes: int, batch_size: int, repeats: int, device: torch.device, overrides: Sequence[str] = ()
+) -> dict[str, object]:
+    """One line: samples/s, mfu and peak memory."""
+    parts, batch, active = prepare(precision, prototypes, batch_size, device, overrides)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 4096 if device.type == "cuda" else 2048
     with Counted(parts.student_teacher) as counted:
