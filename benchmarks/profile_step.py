@@ -80,7 +80,8 @@ def table(prototypes: int, batch_size: int, steps: int, overrides: Sequence[str]
     ideal = counted.total / peak * steps
     sys.stdout.write(
         f"\n{prototypes:,} prototypes: {wall / steps:.3f} s a step ({total / steps:.3f} s in operators), "
-        f"{counted.total / 1e12:.3f} model TFLOP = {ideal / steps:.3f} s at {peak / 1e9:.0f} GFLOP/s\n\n| part | share |\n|---|---|\n"
+        f"{counted.total / 1e12:.3f} model TFLOP = {ideal / steps:.3f} s at {peak / 1e9:.0f} GFLOP/s\n\n"
+        "| part | share |\n|---|---|\n"
     )
     for kind, spent in sorted(times.items(), key=lambda item: -item[1]):
         sys.stdout.write(f"| {kind} | {spent / total:.1%} |\n")

@@ -5,7 +5,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ssl_platform import distributed
 from ssl_platform.objectives._targets import Centering, Sinkhorn

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
-"""How many numbers are worked on at a time: on a CPU what stays in a core's cache (docs/benchmarks.md), on CUDA few kernels."""
+"""How many numbers are worked on at a time: on a CPU what stays in a core's cache, on CUDA few kernels."""
 
 Rows = Callable[[Tensor, Tensor, float, float, Tensor | None], Tensor]
 """(logits, targets, temperature, mass, where the differences go) -> (rows,) losses."""

@@ -54,7 +54,7 @@ def _kernel(  # type: ignore[no-untyped-def]
 def row_losses(logits: Tensor, targets: Tensor, temperature: float, mass: float, differences: Tensor | None) -> Tensor:
     """mass * logsumexp(z) - sum(p z) of each row, z = logits / temperature; `differences` gets mass * softmax(z) - p.
 
-    (rows, K) x 2 -> (rows,) float32. `differences` is float32 and may be `targets`: each element is read before it is written.
+    (rows, K) x 2 -> (rows,) float32. `differences` is float32 and may be `targets`: what is written was read before.
     """
     logits, targets = logits.contiguous(), targets if targets.stride(-1) == 1 else targets.contiguous()
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
