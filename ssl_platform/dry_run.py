@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
+from ssl_platform.backbones._blocks import Block
 from ssl_platform.config import ConfigError
 from ssl_platform.costs import safetensors_bytes
 from ssl_platform.flops import Counted, countable
@@ -177,6 +178,8 @@ def _model(recipe: Recipe, modality: Modality, fake: FakeTensorMode) -> StudentT
     with meta, _AllZero():  # type: ignore[no-untyped-call]
         model = build_student_teacher(recipe.model_copy(update={"precision": "fp32"}), modality, 1, meta)
     for module in model.modules():
+        if isinstance(module, Block):
+            module.attention = "sdpa"  # packed kernels run on CUDA only, and need the same memory
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(_shaped(parameter.detach(), fake), parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):

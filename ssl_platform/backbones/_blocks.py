@@ -7,10 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of (rows, heads, N, d) tensors; the one place where a backend is chosen."""
-    return F.scaled_dot_product_attention(q, k, v)
+from ssl_platform.backbones._attention import Backend, Heads, attention
 
 
 class Rows(NamedTuple):
@@ -31,7 +28,7 @@ class LayerScale(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without its last layer."""
+    """The layers of multi-head self-attention; `attention` mixes tokens, and the block applies `proj`."""
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool) -> None:
         super().__init__()
@@ -39,12 +36,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(rows, N, D) -> (rows, N, D), what `proj` is applied to."""
+    def forward(self, x: Tensor) -> Heads:
+        """(rows, N, D) -> queries, keys and values, (rows, N, heads, d) each."""
         rows, length, dim = x.shape
-        q, k, v = self.qkv(x).view(rows, length, 3, self.num_heads, dim // self.num_heads).unbind(2)
-        mixed = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (rows, heads, N, d)
-        return mixed.transpose(1, 2).flatten(2)
+        return Heads(*self.qkv(x).view(rows, length, 3, self.num_heads, dim // self.num_heads).unbind(2))
 
 
 class FeedForward(nn.Module):
@@ -77,8 +72,10 @@ class Block(nn.Module):
         layer_scale: float | None,
         qkv_bias: bool,
         norm_eps: float,
+        attention: Backend = "auto",
     ) -> None:
         super().__init__()
+        self.attention = attention
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias)
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else None
@@ -89,13 +86,17 @@ class Block(nn.Module):
     def forward(self, groups: Sequence[Tensor], kept: Sequence[Rows | None]) -> list[Tensor]:
         """[(rows, N, D)] -> [(rows, N, D)]; where rows are kept, only those are computed and their sum scaled up."""
         projection, output = _scaled(self.attn.proj, self.ls1), _scaled(self.mlp.fc2, self.ls2)
+        chosen = [
+            x if rows is None else x.index_select(0, rows.attention) for x, rows in zip(groups, kept, strict=True)
+        ]
+        heads = [self.attn(self.norm1(x)) for x in chosen]
         result = []
-        for x, rows in zip(groups, kept, strict=True):
+        for x, rows, mixed in zip(groups, kept, attention(heads, self.attention), strict=True):
+            branch = F.linear(mixed, *projection)
             if rows is None:
-                x = x + F.linear(self.attn(self.norm1(x)), *projection)
+                x = x + branch
                 x = x + F.linear(self.mlp(self.norm2(x)), *output)
             else:
-                branch = F.linear(self.attn(self.norm1(x.index_select(0, rows.attention))), *projection)
                 scale = len(x) / len(branch)
                 x = x.index_add(0, rows.attention, branch.to(x.dtype), alpha=scale)
                 branch = F.linear(self.mlp(self.norm2(x.index_select(0, rows.feed_forward))), *output)

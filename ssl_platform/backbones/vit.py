@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ssl_platform import config as configuration
 from ssl_platform.backbones import Features, Input
+from ssl_platform.backbones._attention import Backend
 from ssl_platform.backbones._blocks import Block, Rows
 from ssl_platform.backbones._positions import interpolate_positions
 from ssl_platform.modalities import Modality
@@ -57,6 +58,9 @@ class Config(configuration.PluginConfig):
     norm_eps: float = Field(default=1e-6, gt=0)
     """Epsilon of the layer norms."""
     position: PositionConfig = PositionConfig()
+    attention: Backend = "auto"
+    """The attention kernel: `sdpa` anywhere, group by group; `varlen` (torch, half precision) or `xformers` over all groups
+    packed, on CUDA. `auto` is `sdpa`."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "Config":
@@ -83,6 +87,7 @@ class Config(configuration.PluginConfig):
             interpolation=self.position.interpolation,
             interpolation_offset=self.position.offset,
             interpolation_antialias=self.position.antialias,
+            attention=self.attention,
         )
 
     @property
@@ -124,6 +129,7 @@ class VisionTransformer(nn.Module):
         interpolation: Literal["dinov2", "timm"] = "dinov2",
         interpolation_offset: float = 0.1,
         interpolation_antialias: bool = False,
+        attention: Backend = "auto",
     ) -> None:
         super().__init__()
         self.embed_dim, self.num_layers, self.num_registers, self.num_heads = embed_dim, depth, num_registers, num_heads
@@ -137,7 +143,8 @@ class VisionTransformer(nn.Module):
         self.reg_token = nn.Parameter(torch.empty(1, num_registers, embed_dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, hidden_dim, swiglu, layer_scale, qkv_bias, norm_eps) for _ in range(depth)
+            Block(embed_dim, num_heads, hidden_dim, swiglu, layer_scale, qkv_bias, norm_eps, attention=attention)
+            for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)
         self._initialise()
