@@ -35,6 +35,14 @@ class ViewGroup:
     """{name: (V, M, B, N) bool}, True = hidden: M masked versions of each view."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """{name: (B, ...)}: the samples' extras, stacked."""
+    positions: dict[str, Tensor] = field(default_factory=dict)
+    """What `hidden` returns, of masks that were on the host before they were moved; `Batch.to` fills it."""
+
+    def hidden(self, masks: str) -> Tensor:
+        """(masked,) int64: where the masks of that name hide tokens, as positions in (V M B N); in order."""
+        if masks in self.positions:
+            return self.positions[masks]
+        return self.masks[masks].flatten().nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -56,17 +64,26 @@ class Batch:
     """How many samples the modality's own filter left out, likewise with substitutes."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch with every tensor of its groups on `device`."""
+        """The same batch with every tensor of its groups on `device`; the copies to CUDA run beside what comes next.
+
+        What is hidden is looked up on the host: there it needs no wait for the device.
+        """
 
         def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
 
-        groups = {
-            name: ViewGroup(
-                group.views.to(device, non_blocking=True), group.source, move(group.masks), move(group.extra)
+        groups = {}
+        for name, group in self.groups.items():
+            found = {masks: group.hidden(masks) for masks in group.masks}
+            if device.type == "cuda":
+                found = {masks: positions.pin_memory() for masks, positions in found.items() if not positions.is_cuda}
+            groups[name] = ViewGroup(
+                group.views.to(device, non_blocking=True),
+                group.source,
+                move(group.masks),
+                move(group.extra),
+                move(found),
             )
-            for name, group in self.groups.items()
-        }
         return replace(self, groups=groups)
 
 

@@ -44,9 +44,10 @@ def attention(groups: Sequence[Heads], backend: Backend = "auto") -> list[Tensor
     """softmax(q k^T / sqrt(d)) v of every row of every group, as (rows, N, heads d) each.
 
     `sdpa` runs anywhere, group by group; `auto` is `sdpa` until the others have been measured on a GPU (benchmarks/gpu.sh).
-    The packed ones need CUDA, `varlen` in half precision (torch.nn.attention.varlen); ValueError elsewhere.
+    The packed ones need CUDA, `varlen` in half precision (torch.nn.attention.varlen); ValueError elsewhere. A single group
+    has nothing to pack, so whatever is trained with them is evaluated anywhere.
     """
-    if backend in ("auto", "sdpa"):
+    if backend in ("auto", "sdpa") or len(groups) == 1:
         return [_sdpa(group) for group in groups]
     check(backend, groups[0].q.device, groups[0].q.dtype)
     q, k, v = (torch.cat([group[i].flatten(0, 1) for group in groups]) for i in range(3))  # (tokens, heads, d)

@@ -41,15 +41,19 @@ class Centering(nn.Module):
         """The sums that `commit` needs of one micro-batch."""
         return {
             "logit_sum": logits.sum(0, dtype=torch.float32),  # (K,)
-            "row_count": torch.tensor(float(len(logits)), device=logits.device),
+            "row_count": torch.full(
+                (), float(len(logits)), device=logits.device
+            ),  # made there: nothing waits for a copy
         }
 
     def commit(self, pending: Sequence[dict[str, Tensor]]) -> None:
         """Moves the center, once per optimiser step."""
         count = distributed.total(torch.stack([item["row_count"] for item in pending]).sum())
         total = distributed.total(torch.stack([item["logit_sum"] for item in pending]).sum(0))
-        if count > 0:
-            self.center.lerp_(total / count, 1 - self.momentum)
+        weight = (1 - self.momentum) * (
+            count > 0
+        )  # of no rows the mean is 0 / 1, and counts nothing; no wait for `count`
+        self.center.lerp_(total / count.clamp_min(1), weight.to(self.center.dtype))
 
 
 TINY = 1e-30

@@ -125,7 +125,8 @@ def pair_losses(logits: Tensor, targets: Tensor, allowed: Tensor, student_temp: 
     logits (S, B, K), targets (T, B, K), allowed (T, S) -> (S,). The cross-entropies of one student view with several
     teacher views share their log-sum-exp, so they are one cross-entropy with the sum of the targets.
     """
-    num_pairs = int(allowed.sum())
+    used_by_view: list[list[bool]] = allowed.T.tolist()
+    num_pairs = sum(map(sum, used_by_view))
     if num_pairs == 0:
         raise ConfigError(
             [
@@ -134,7 +135,7 @@ def pair_losses(logits: Tensor, targets: Tensor, allowed: Tensor, student_temp: 
         )
     sums: dict[tuple[bool, ...], Tensor] = {}
     losses = []
-    for view, teachers in zip(logits, allowed.T.tolist(), strict=True):
+    for view, teachers in zip(logits, used_by_view, strict=True):
         chosen = [target for target, used in zip(targets, teachers, strict=True) if used]
         if not chosen:
             losses.append(view.sum() * 0.0)
