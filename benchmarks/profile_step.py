@@ -58,7 +58,7 @@ def kind_of(name: str, shapes: Sequence[Any], prototypes: int) -> str:
 
 def table(prototypes: int, batch_size: int, steps: int, overrides: Sequence[str], details: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    parts, batch, active = prepare("fp32", prototypes, batch_size, device, overrides)
+    parts, batch, active = prepare("fp32", prototypes, batch_size, device, overrides=overrides)
     with Counted(parts.student_teacher) as counted:
         train_step(parts, iter([batch]), 0, active)
     times: dict[str, float] = {}

@@ -3,7 +3,7 @@
 Tensors carry meaning by axis: V views, B samples, M masked versions of a view, N tokens of a view, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -64,26 +64,30 @@ class Batch:
     """How many samples the modality's own filter left out, likewise with substitutes."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch with every tensor of its groups on `device`; the copies to CUDA run beside what comes next.
+        """The same batch with every tensor of its groups on `device`; from page-locked memory to CUDA nothing waits.
 
-        What is hidden is looked up on the host: there it needs no wait for the device.
+        What is hidden is looked up before, on the host: there it needs no wait for the device.
         """
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
-        def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which copies to CUDA run beside the computation."""
+        return self._each(Tensor.pin_memory)
 
-        groups = {}
-        for name, group in self.groups.items():
-            found = {masks: group.hidden(masks) for masks in group.masks}
-            if device.type == "cuda":
-                found = {masks: positions.pin_memory() for masks, positions in found.items() if not positions.is_cuda}
-            groups[name] = ViewGroup(
-                group.views.to(device, non_blocking=True),
+    def _each(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: move(tensor) for name, tensor in tensors.items()}
+
+        groups = {
+            name: ViewGroup(
+                move(group.views),
                 group.source,
-                move(group.masks),
-                move(group.extra),
-                move(found),
+                moved(group.masks),
+                moved(group.extra),
+                moved({masks: group.hidden(masks) for masks in group.masks}),
             )
+            for name, group in self.groups.items()
+        }
         return replace(self, groups=groups)
 
 

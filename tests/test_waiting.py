@@ -81,11 +81,7 @@ def test_nothing_waits_for_cuda_before_the_finite_check() -> None:
     parts = build(made, made.modality.build(None), 8, device)
     train_step(parts, iter([engine.batch()]), 0, ACTIVE)  # allocates, and compiles kernels
     batch = engine.batch()
-    pinned = {
-        name: type(group)(group.views.pin_memory(), group.source, {k: m.pin_memory() for k, m in group.masks.items()})
-        for name, group in batch.groups.items()
-    }
-    batch = Batch(pinned, batch.keys, batch.ids, batch.labels, batch.step)
+    batch = batch.pin_memory()
     with no_waiting():
         output = parts.module(batch.to(device), 1, ACTIVE)
         output.loss.backward()
