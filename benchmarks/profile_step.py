@@ -1,8 +1,8 @@
 """`python benchmarks/profile_step.py`: where the time of a training step goes, and what mfu could be reached at most.
 
 The step is that of `benchmarks/step.py`. Shares are of torch's profiler (self time of operators, by name and shapes); the
-floor supposes that matrix products run at the machine's peak and everything else moves its bytes once at the bandwidth of
-a copy in memory.
+floor supposes that matrix products (and those inside attention) run at the machine's peak, and that every other operator
+takes the time in which a copy moves as many bytes as it reads and writes.
 """
 
 import argparse
@@ -12,23 +12,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from step import BATCH, prepare
+from step import BATCH, prepare, synchronise
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ssl_platform.flops import Counted, matmul_rate
 from ssl_platform.step import train_step
 
-OPTIMISER = ("aten::_fused_adamw_", "aten::_foreach_")
-PRODUCTS = (
-    "aten::mm",
-    "aten::addmm",
-    "aten::bmm",
-    "aten::mv",
-    "aten::_addmm",
-    "aten::mkldnn",
-    "aten::linear",
-    "aten::matmul",
-)
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::mv", "aten::linear", "aten::matmul")
 KINDS = {
     "attention": ("scaled_dot_product",),
     "layer norms": ("layer_norm",),
@@ -56,10 +48,46 @@ def kind_of(name: str, shapes: Sequence[Any], prototypes: int) -> str:
     return "other: sums, copies, fills, slices"
 
 
+class Moved(TorchDispatchMode):
+    """Adds up the bytes that operators other than matrix products read and write, each tensor once an operator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.name().split(".")[0] in PRODUCTS:
+            return result
+        read = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        written = {id(t): t for t in tree_leaves(result) if isinstance(t, torch.Tensor)}
+        places = {t.untyped_storage().data_ptr() for t in read.values()}
+        is_view = not func._schema.is_mutable and all(
+            t.untyped_storage().data_ptr() in places for t in written.values()
+        )
+        if not is_view:
+            self.bytes += sum(t.numel() * t.element_size() for t in (*read.values(), *written.values()))
+        return result
+
+
+def copy_rate(device: torch.device) -> float:
+    """Bytes read and written per second by a copy of 256 MB, the best of ten."""
+    source = torch.ones(1 << 26, device=device)
+    target, seconds = torch.empty_like(source), []
+    for _ in range(10):
+        synchronise(device)
+        begun = time.perf_counter()
+        target.copy_(source)
+        synchronise(device)
+        seconds.append(time.perf_counter() - begun)
+    return 2 * source.nbytes / min(seconds)
+
+
 def table(prototypes: int, batch_size: int, steps: int, overrides: Sequence[str], details: int) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts, batch, active = prepare("fp32", prototypes, batch_size, device, overrides=overrides)
-    with Counted(parts.student_teacher) as counted:
+    train_step(parts, iter([batch]), 0, active)  # makes the optimiser's state
+    with Counted(parts.student_teacher) as counted, Moved() as moved:
         train_step(parts, iter([batch]), 0, active)
     times: dict[str, float] = {}
     rows = []
@@ -83,8 +111,13 @@ def table(prototypes: int, batch_size: int, steps: int, overrides: Sequence[str]
         f"{counted.total / 1e12:.3f} model TFLOP = {ideal / steps:.3f} s at {peak / 1e9:.0f} GFLOP/s\n\n"
         "| part | share |\n|---|---|\n"
     )
+    least = counted.total / peak + moved.bytes / (rate := copy_rate(device))
     for kind, spent in sorted(times.items(), key=lambda item: -item[1]):
         sys.stdout.write(f"| {kind} | {spent / total:.1%} |\n")
+    sys.stdout.write(
+        f"\nfloor: {counted.total / peak:.3f} s of products and {moved.bytes / 1e9:.1f} GB at {rate / 1e9:.1f} GB/s: "
+        f"mfu {counted.total / peak / least:.3f}\n"
+    )
     for row in sorted((row for row in rows if row[1] != "matrix products"), key=lambda row: -row[0])[:details]:
         sys.stdout.write(f"{row[0]:9.2f} ms {row[1]:.20} {row[2]} x{row[3]} {str(row[4])[:150]}\n")
 

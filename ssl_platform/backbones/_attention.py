@@ -53,7 +53,7 @@ def attention(groups: Sequence[Heads], backend: Backend = "auto") -> list[Tensor
     q, k, v = (torch.cat([group[i].flatten(0, 1) for group in groups]) for i in range(3))  # (tokens, heads, d)
     lengths = Lengths(tuple((group.q.shape[0], group.q.shape[1]) for group in groups))
     mixed = PACKED[backend](q, k, v, lengths).flatten(1)  # (tokens, heads d)
-    parts = mixed.split([rows * length for rows, length in lengths.groups])
+    parts = torch.split(mixed, [rows * length for rows, length in lengths.groups])
     return [part.unflatten(0, shape) for part, shape in zip(parts, lengths.groups, strict=True)]
 
 
@@ -80,7 +80,8 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Lengths) -> Tensor:
             "choose attention: sdpa (networks.*.backbone.attention)"
         ) from error
     boundaries = lengths.boundaries(q.device)
-    mixed: Tensor = varlen_attn(q, k, v, boundaries, boundaries, lengths.longest, lengths.longest)
+    mixed = varlen_attn(q, k, v, boundaries, boundaries, lengths.longest, lengths.longest)
+    assert isinstance(mixed, Tensor)  # a pair only where its log-sum-exp is asked for
     return mixed
 
 

@@ -58,7 +58,7 @@ class _CrossEntropy(torch.autograd.Function):
         return rows
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(context: Any, gradient: Tensor) -> Any:
         (differences,) = context.saved_tensors
         scale = (gradient / context.temperature)[:, None]
