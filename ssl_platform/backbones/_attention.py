@@ -54,7 +54,7 @@ def attention(groups: Sequence[Heads], backend: Backend = "auto") -> list[Tensor
     lengths = Lengths(tuple((group.q.shape[0], group.q.shape[1]) for group in groups))
     mixed = PACKED[backend](q, k, v, lengths).flatten(1)  # (tokens, heads d)
     parts = torch.split(mixed, [rows * length for rows, length in lengths.groups])
-    return [part.unflatten(0, shape) for part, shape in zip(parts, lengths.groups, strict=True)]
+    return [part.reshape(*shape, -1) for part, shape in zip(parts, lengths.groups, strict=True)]
 
 
 def check(backend: Backend, device: torch.device, dtype: torch.dtype) -> None:

@@ -32,7 +32,7 @@ def cross_entropy(
     if logits.requires_grad and torch.is_grad_enabled():
         dtype = torch.promote_types(logits.dtype, torch.float32)
         reused = reuse_targets and targets.dtype == dtype and targets.is_contiguous()
-        differences = targets.detach() if reused else torch.empty_like(targets, dtype=dtype)
+        differences = targets.detach() if reused else targets.new_empty(targets.shape, dtype=dtype)
     rows: Tensor = _CrossEntropy.apply(logits, targets.detach(), temperature, mass, differences)
     return rows
 
