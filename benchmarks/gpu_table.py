@@ -38,7 +38,11 @@ VARIANTS = {
     "recompute": ("recompute=true",),
     "FSDP2": ("parallel.method=fsdp",),
 }
-TINY = tuple(f"networks.student.backbone.{key}" for key in ("embed_dim=32", "depth=1", "num_heads=2"))
+TINY = (
+    *(f"networks.student.backbone.{key}" for key in ("embed_dim=32", "depth=1", "num_heads=2")),
+    "modality.crops.global.size=64",
+    "modality.crops.local.size=32",
+)
 
 
 def rows(quick: bool) -> list[Row]:
