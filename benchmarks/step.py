@@ -11,23 +11,31 @@ import json
 import platform
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
+from pathlib import Path
 from statistics import median
 
 import torch
 
-from ssl_platform.config import validate
 from ssl_platform.estimate import random_batch
 from ssl_platform.flops import Counted, matmul_rate
 from ssl_platform.progress import peak_memory
-from ssl_platform.recipe import Recipe
-from ssl_platform.step import build, train_step
+from ssl_platform.recipe import Recipe, load_recipe
+from ssl_platform.step import Parts, build, train_step
+from ssl_platform.views import Batch
 
 BATCH = 8
+MODELS = {
+    "small": {"embed_dim": 384, "depth": 12, "num_heads": 6},
+    "base": {"embed_dim": 768, "depth": 12, "num_heads": 12},
+    "large": {"embed_dim": 1024, "depth": 24, "num_heads": 16},
+}
 
 
-def recipe(precision: str, prototypes: int, batch_size: int) -> Recipe:
-    """The benchmark's run; its data section is never read."""
+def recipe(precision: str, prototypes: int, batch_size: int, model: str, overrides: Sequence[str]) -> Recipe:
+    """The benchmark's run, with `key=value` overrides; its data section is never read."""
     data = {
         "run_dir": "unused",
         "steps": 1000,
@@ -36,7 +44,7 @@ def recipe(precision: str, prototypes: int, batch_size: int) -> Recipe:
         "modality": {"name": "image"},
         "data": {"shards": "unused"},
         "networks": {
-            "student": {"backbone": {"name": "vit", "drop_path": 0.3}},
+            "student": {"backbone": {"name": "vit", "drop_path": 0.3, **MODELS[model]}},
             "teacher": {"update": "ema", "of": "student", "momentum": 0.992},
         },
         "heads": {"dino": {"name": "projection", "num_prototypes": prototypes}},
@@ -48,7 +56,27 @@ def recipe(precision: str, prototypes: int, batch_size: int) -> Recipe:
         },
         "optim": {"lr": 1e-4, "layer_decay": 0.9, "patch_embed_lr": 0.2},
     }
-    return validate(Recipe, data)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "benchmark.yaml"
+        path.write_text(json.dumps(data))  # which is YAML, too
+        return load_recipe(path, overrides)
+
+
+def prepare(
+    precision: str,
+    prototypes: int,
+    batch_size: int,
+    device: torch.device,
+    model: str = "small",
+    overrides: Sequence[str] = (),
+) -> tuple[Parts, Batch, list[str]]:
+    """What `train_step` is called with."""
+    settings = recipe(precision, prototypes, batch_size, model, overrides)
+    torch.manual_seed(0)
+    parts = build(settings, settings.modality.build(None), 1, device)
+    masks = {name: config.build() for name, config in settings.masks.items()}
+    batch = random_batch(settings.modality.build(None), masks, settings.batch_size // settings.accumulate).to(device)
+    return parts, batch, list(settings.objectives)
 
 
 def synchronise(device: torch.device) -> None:
@@ -56,14 +84,10 @@ def synchronise(device: torch.device) -> None:
         torch.cuda.synchronize()
 
 
-def measure(precision: str, prototypes: int, batch_size: int, repeats: int, device: torch.device) -> dict[str, object]:
+def measure(precision: str, prototypes: int, arguments: argparse.Namespace, device: torch.device) -> dict[str, object]:
     """One line: samples/s, mfu and peak memory."""
-    settings = recipe(precision, prototypes, batch_size)
-    torch.manual_seed(0)
-    parts = build(settings, settings.modality.build(None), 1, device)
-    masks = {name: config.build() for name, config in settings.masks.items()}
-    batch = random_batch(settings.modality.build(None), masks, batch_size).to(device)
-    active = list(settings.objectives)
+    batch_size, repeats = arguments.batch_size, arguments.repeats
+    parts, batch, active = prepare(precision, prototypes, batch_size, device, arguments.model, arguments.overrides)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = 4096 if device.type == "cuda" else 2048
     with Counted(parts.student_teacher) as counted:
@@ -94,13 +118,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--precision", nargs="+", default=["fp32", "bf16"], choices=["fp32", "bf16"])
     parser.add_argument("--prototypes", nargs="+", type=int, default=[8192, 65536])
+    parser.add_argument("--model", default="small", choices=MODELS, help="width and depth of the vision transformer")
     parser.add_argument("--batch-size", type=int, default=BATCH)
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", dest="overrides", help="of the run's keys")
     parser.add_argument("--one", action="store_true", help="measure the first combination only, in this process")
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(arguments.device)
     if arguments.one:
-        line = measure(arguments.precision[0], arguments.prototypes[0], arguments.batch_size, arguments.repeats, device)
+        line = measure(arguments.precision[0], arguments.prototypes[0], arguments, device)
         sys.stdout.write(json.dumps(line) + "\n")
         return 0
     name = (
@@ -116,6 +143,7 @@ def main() -> int:
         for prototypes in arguments.prototypes:  # a process each, so that peak memory is its own
             command = [sys.executable, __file__, "--one", "--precision", precision, "--prototypes", str(prototypes)]
             command += ["--batch-size", str(arguments.batch_size), "--repeats", str(arguments.repeats)]
+            command += ["--model", arguments.model, "--device", arguments.device, "--set", *arguments.overrides]
             subprocess.run(command, check=True)
     return 0
 

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+from ssl_platform.backbones._blocks import Block
 from ssl_platform.config import ConfigError
 from ssl_platform.costs import safetensors_bytes
 from ssl_platform.flops import Counted, countable
@@ -145,6 +146,8 @@ def _model(recipe: Recipe, modality: Modality, fake: FakeTensorMode) -> StudentT
     """The model, every weight of which has a shape and nothing else, as if it were on the CPU."""
     model = shapes(recipe, modality)
     for module in model.modules():
+        if isinstance(module, Block):
+            module.attention = "sdpa"  # packed kernels run on CUDA only, and need the same memory
         for name, parameter in module.named_parameters(recurse=False):
             setattr(module, name, nn.Parameter(_shaped(parameter.detach(), fake), parameter.requires_grad))
         for name, buffer in module.named_buffers(recurse=False):

@@ -124,8 +124,9 @@ def train_step(
     peers.at(step + 1, "agreeing on the step")
     grad_norms = optim.clip_gradients(parts.trained, parts.clip_grad)
     loss = torch.stack([output.loss.detach() for output in outputs]).mean()
-    finite = torch.isfinite(torch.stack([loss, *(norm.to(loss.device) for norm in grad_norms.values())])).all()
-    mine = torch.tensor([not finite.item(), bool(stop), filtered], dtype=torch.float64)
+    # The step's one wait for the device: what follows must not happen before every rank knows.
+    finite = bool(torch.isfinite(torch.stack([loss, *(norm.to(loss.device) for norm in grad_norms.values())])).all())
+    mine = torch.tensor([not finite, bool(stop), filtered], dtype=torch.float64)
     skipped, stopping, filtered = map(int, distributed.total(mine).tolist())  # one collective for all three
     peers.at(step + 1, "updating the networks")
     if not skipped:

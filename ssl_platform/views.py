@@ -3,7 +3,7 @@
 Tensors carry meaning by axis: V views, B samples, M masked versions of a view, N tokens of a view, D width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,6 +35,14 @@ class ViewGroup:
     """{name: (V, M, B, N) bool}, True = hidden: M masked versions of each view."""
     extra: dict[str, Tensor] = field(default_factory=dict)
     """{name: (B, ...)}: the samples' extras, stacked."""
+    positions: dict[str, Tensor] = field(default_factory=dict)
+    """What `hidden` returns, of masks that were on the host before they were moved; `Batch.to` fills it."""
+
+    def hidden(self, masks: str) -> Tensor:
+        """(masked,) int64: where the masks of that name hide tokens, as positions in (V M B N); in order."""
+        if masks in self.positions:
+            return self.positions[masks]
+        return self.masks[masks].flatten().nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -56,14 +64,27 @@ class Batch:
     """How many samples the modality's own filter left out, likewise with substitutes."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The same batch with every tensor of its groups on `device`."""
+        """The same batch with every tensor of its groups on `device`; from page-locked memory to CUDA nothing waits.
 
-        def move(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {name: tensor.to(device, non_blocking=True) for name, tensor in tensors.items()}
+        What is hidden is looked up before, on the host: there it needs no wait for the device.
+        """
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory, from which copies to CUDA run beside the computation."""
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, move: Callable[[Tensor], Tensor]) -> "Batch":
+        def moved(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {name: move(tensor) for name, tensor in tensors.items()}
 
         groups = {
             name: ViewGroup(
-                group.views.to(device, non_blocking=True), group.source, move(group.masks), move(group.extra)
+                move(group.views),
+                group.source,
+                moved(group.masks),
+                moved(group.extra),
+                moved({masks: group.hidden(masks) for masks in group.masks}),
             )
             for name, group in self.groups.items()
         }

@@ -5,11 +5,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ssl_platform import distributed
-from ssl_platform.objectives import _targets
-from ssl_platform.objectives._targets import Centering, Sinkhorn, cross_entropy, entropy
+from ssl_platform.objectives._targets import Centering, Sinkhorn
 from tests.ranks import run_ranks
 
 
@@ -117,37 +115,14 @@ def test_no_rows_leave_the_center_alone() -> None:
     assert Sinkhorn()(torch.zeros(0, 3), 0.05).shape == (0, 3)
 
 
-def reference(logits: Tensor, targets: Tensor, temperature: float) -> Tensor:
-    return -(targets * (logits / temperature).log_softmax(-1)).sum(-1)
-
-
-@pytest.mark.parametrize("chunk", [1, 7, 1 << 18])
-@pytest.mark.parametrize("mass", [1, 2])
-def test_cross_entropy_and_its_gradient(mass: int, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_targets, "CHUNK_ELEMENTS", chunk)
-    generator = torch.Generator().manual_seed(1)
-    targets = sum(torch.rand(6, 5, generator=generator).softmax(-1) for _ in range(mass))
-    assert isinstance(targets, Tensor)
-    logits = torch.randn(6, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    weights = torch.rand(6, generator=generator, dtype=torch.float64)
-    expected = reference(logits, targets.double(), 0.1)
-    [expected_gradient] = torch.autograd.grad((expected * weights).sum(), logits)
-    ours = logits.detach().float().requires_grad_()
-    rows = cross_entropy(ours, targets, 0.1, mass)
-    (rows * weights.float()).sum().backward()
-    assert ours.grad is not None
-    torch.testing.assert_close(rows.double(), expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours.grad.double(), expected_gradient, rtol=1e-4, atol=1e-5)
-
-
-def test_cross_entropy_of_bfloat16_logits_is_computed_in_float32() -> None:
-    logits = torch.randn(4, 16).bfloat16()
-    targets = torch.rand(4, 16).softmax(-1)
-    assert cross_entropy(logits, targets, 0.1).dtype == torch.float32
-    torch.testing.assert_close(cross_entropy(logits, targets, 0.1), reference(logits.float(), targets, 0.1))
-
-
-def test_cross_entropy_is_entropy_plus_divergence() -> None:
-    logits, targets = torch.randn(4, 16), torch.rand(4, 16).softmax(-1)
-    divergence = (targets * (targets.log() - (logits / 0.1).log_softmax(-1))).sum(-1).mean()
-    torch.testing.assert_close(cross_entropy(logits, targets, 0.1).mean(), entropy(targets) + divergence)
+@pytest.mark.parametrize("rule", [Centering(5), Sinkhorn()], ids=["centering", "sinkhorn"])
+def test_targets_in_the_memory_of_the_logits(rule: Centering | Sinkhorn) -> None:
+    logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    before = logits.clone()
+    expected = rule(logits, 0.05)
+    assert torch.equal(logits, before), "without in_place the logits stay"
+    found = rule(logits, 0.05, in_place=True)
+    assert torch.equal(found, expected) and found.data_ptr() == logits.data_ptr()
+    rounded = before.bfloat16()
+    assert rule(rounded, 0.05, in_place=True).dtype == torch.float32
+    assert torch.equal(rounded, before.bfloat16()), "other memory than float32's cannot hold them"

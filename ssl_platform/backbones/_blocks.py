@@ -7,12 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssl_platform.backbones._attention import Backend, Heads, attention
 from ssl_platform.backbones._rope import Rotation, of_rows, rotate
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v of (rows, heads, N, d) tensors; the one place where a backend is chosen."""
-    return F.scaled_dot_product_attention(q, k, v)
 
 
 def without_key_bias(bias: Tensor) -> Tensor:
@@ -39,7 +35,10 @@ class LayerScale(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention without its last layer; with `mask_k_bias` keys have no bias, whatever is stored."""
+    """The layers of multi-head self-attention; `attention` mixes tokens, and the block applies `proj`.
+
+    With `mask_k_bias` keys have no bias, whatever is stored.
+    """
 
     def __init__(self, dim: int, num_heads: int, qkv_bias: bool, mask_k_bias: bool = False) -> None:
         super().__init__()
@@ -47,8 +46,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Tensor:
-        """(rows, N, D) -> (rows, N, D), what `proj` is applied to; queries and keys are turned by `rotation`."""
+    def forward(self, x: Tensor, rotation: Rotation | None = None) -> Heads:
+        """(rows, N, D) -> queries, keys and values, (rows, N, heads, d) each; the first two are turned by `rotation`."""
         rows, length, dim = x.shape
         bias: Tensor | None = self.qkv.bias
         if self.mask_k_bias and bias is not None:
@@ -57,8 +56,7 @@ class Attention(nn.Module):
         q, k, v = qkv.unbind(2)
         if rotation is not None:
             q, k = rotate(qkv[:, :, :2], rotation).unbind(2)
-        mixed = attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))  # (rows, heads, N, d)
-        return mixed.transpose(1, 2).flatten(2)
+        return Heads(q, k, v)
 
 
 class FeedForward(nn.Module):
@@ -92,8 +90,10 @@ class Block(nn.Module):
         qkv_bias: bool,
         norm_eps: float,
         mask_k_bias: bool = False,
+        attention: Backend = "auto",
     ) -> None:
         super().__init__()
+        self.attention = attention
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, qkv_bias, mask_k_bias)
         self.ls1 = LayerScale(dim, layer_scale) if layer_scale is not None else None
@@ -106,14 +106,21 @@ class Block(nn.Module):
     ) -> list[Tensor]:
         """[(rows, N, D)] -> [(rows, N, D)]; where rows are kept, only those are computed and their sum scaled up."""
         projection, output = _scaled(self.attn.proj, self.ls1), _scaled(self.mlp.fc2, self.ls2)
+        chosen = [
+            x if rows is None else x.index_select(0, rows.attention) for x, rows in zip(groups, kept, strict=True)
+        ]
+        turned = [
+            rotation if rows is None else of_rows(rotation, rows.attention)
+            for rotation, rows in zip(rotations, kept, strict=True)
+        ]
+        heads = [self.attn(self.norm1(x), rotation) for x, rotation in zip(chosen, turned, strict=True)]
         result = []
-        for x, rows, rotation in zip(groups, kept, rotations, strict=True):
+        for x, rows, mixed in zip(groups, kept, attention(heads, self.attention), strict=True):
+            branch = F.linear(mixed, *projection)
             if rows is None:
-                x = x + F.linear(self.attn(self.norm1(x), rotation), *projection)
+                x = x + branch
                 x = x + F.linear(self.mlp(self.norm2(x)), *output)
             else:
-                turned = of_rows(rotation, rows.attention)
-                branch = F.linear(self.attn(self.norm1(x.index_select(0, rows.attention)), turned), *projection)
                 scale = len(x) / len(branch)
                 x = x.index_add(0, rows.attention, branch.to(x.dtype), alpha=scale)
                 branch = F.linear(self.mlp(self.norm2(x.index_select(0, rows.feed_forward))), *output)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ssl_platform import config as configuration
 from ssl_platform.backbones import Features, Input
+from ssl_platform.backbones._attention import Backend
 from ssl_platform.backbones._blocks import Block, Rows
 from ssl_platform.backbones._positions import interpolate_positions
 from ssl_platform.backbones._rope import Rope, Rotation, check_rope, rotation
@@ -53,6 +54,9 @@ class Config(configuration.PluginConfig):
     position: PositionConfig = PositionConfig()
     patch_size: int | None = Field(default=None, gt=0)
     """Side of its patches, where it differs from the modality's: a frozen teacher's, say; None = the modality's."""
+    attention: Backend = "auto"
+    """The attention kernel: `sdpa` anywhere, group by group; `varlen` (torch, half precision) or `xformers` over all groups
+    packed, on CUDA. `auto` is `sdpa`."""
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "Config":
@@ -87,6 +91,7 @@ class Config(configuration.PluginConfig):
             rope=self.position.rope,
             untie_cls=self.untied_norms.cls,
             local_group=self.untied_norms.local,
+            attention=self.attention,
         )
 
     @property
@@ -148,6 +153,7 @@ class VisionTransformer(nn.Module):
         rope: Rope | None = None,
         untie_cls: bool = False,
         local_group: str | None = None,
+        attention: Backend = "auto",
     ) -> None:
         super().__init__()
         if rope is not None:
@@ -165,7 +171,7 @@ class VisionTransformer(nn.Module):
         self.reg_token = nn.Parameter(torch.empty(1, num_registers, embed_dim)) if num_registers else None
         self.mask_token = nn.Parameter(torch.zeros(1, embed_dim))
         self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, hidden_dim, swiglu, layer_scale, qkv_bias, norm_eps, mask_k_bias)
+            Block(embed_dim, num_heads, hidden_dim, swiglu, layer_scale, qkv_bias, norm_eps, mask_k_bias, attention)
             for _ in range(depth)
         )
         self.norm = nn.LayerNorm(embed_dim, eps=norm_eps)

@@ -64,6 +64,7 @@ def loaded(dataset: Readable, workers: int, prefetch: int) -> Generator[Any, Non
         collate_fn=_as_it_is,
         worker_init_fn=_begin_worker,
         multiprocessing_context="fork" if workers else None,  # starts in .1 s; forkserver and spawn take 3 s
+        pin_memory=torch.cuda.is_available(),  # by Batch.pin_memory, in a thread of its own
         generator=torch.Generator(),  # or it would draw from the global RNG
     )
     try:

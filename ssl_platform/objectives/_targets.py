@@ -1,12 +1,13 @@
-"""What a student's logits are compared with: teacher distributions by centering or Sinkhorn-Knopp, and cross-entropy."""
+"""What a student's logits are compared with: a teacher's distributions, by centering or Sinkhorn-Knopp."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ssl_platform import distributed
+from ssl_platform.objectives._cross_entropy import slices
 from ssl_platform.optim import ScheduleConfig, within
 
 TargetName = Literal["centering", "sinkhorn"]
@@ -27,24 +28,32 @@ class Centering(nn.Module):
         self.momentum = momentum
         self.register_buffer("center", torch.zeros(prototypes))
 
-    def forward(self, logits: Tensor, temperature: float) -> Tensor:
-        """(rows, K) -> probabilities (rows, K) in float32."""
-        shifted = (logits.float() - self.center).div_(temperature)
-        return torch.softmax(shifted, dim=-1, out=shifted) if not shifted.requires_grad else shifted.softmax(-1)
+    def forward(self, logits: Tensor, temperature: float, *, in_place: bool = False) -> Tensor:
+        """(rows, K) -> probabilities (rows, K) in float32, without gradient; `in_place`: in the memory of float32 logits."""
+        logits = logits.detach()
+        result = logits if in_place and logits.dtype == torch.float32 else torch.empty_like(logits, dtype=torch.float32)
+        for at in slices(logits):
+            shifted = torch.sub(logits[at].float(), self.center, out=result[at]).div_(temperature)
+            torch.softmax(shifted, dim=-1, out=shifted)
+        return result
 
     def pending(self, logits: Tensor) -> dict[str, Tensor]:
         """The sums that `commit` needs of one micro-batch."""
         return {
             "logit_sum": logits.sum(0, dtype=torch.float32),  # (K,)
-            "row_count": torch.tensor(float(len(logits)), device=logits.device),
+            "row_count": torch.full(
+                (), float(len(logits)), device=logits.device
+            ),  # made there: nothing waits for a copy
         }
 
     def commit(self, pending: Sequence[dict[str, Tensor]]) -> None:
         """Moves the center, once per optimiser step."""
         count = distributed.total(torch.stack([item["row_count"] for item in pending]).sum())
         total = distributed.total(torch.stack([item["logit_sum"] for item in pending]).sum(0))
-        if count > 0:
-            self.center.lerp_(total / count, 1 - self.momentum)
+        weight = (1 - self.momentum) * (
+            count > 0
+        )  # of no rows the mean is 0 / 1, and counts nothing; no wait for `count`
+        self.center.lerp_(total / count.clamp_min(1), weight.to(self.center.dtype))
 
 
 TINY = 1e-30
@@ -64,9 +73,13 @@ class Sinkhorn(nn.Module):
         super().__init__()
         self.iterations = iterations
 
-    def forward(self, logits: Tensor, temperature: float) -> Tensor:
-        """(rows, K) -> probabilities (rows, K) in float32; every rank must call it, even with no rows."""
-        scaled = logits.float() / temperature
+    def forward(self, logits: Tensor, temperature: float, *, in_place: bool = False) -> Tensor:
+        """(rows, K) -> probabilities (rows, K) in float32; every rank must call it, even with no rows.
+
+        `in_place`: in the memory of float32 logits.
+        """
+        logits = logits.detach().float() if in_place else logits.detach().to(torch.float32, copy=True)
+        scaled = logits.div_(temperature)
         row_largest = scaled.amax(1)  # (rows,)
         scaled.sub_(row_largest[:, None])
         largest = scaled.new_full((scaled.shape[1] + 1,), -torch.inf)  # of each prototype, and of all rows' largest
@@ -90,53 +103,3 @@ class Sinkhorn(nn.Module):
 def build_targets(name: TargetName, prototypes: int, center_momentum: float, iterations: int) -> Centering | Sinkhorn:
     """The rule of that name."""
     return Centering(prototypes, center_momentum) if name == "centering" else Sinkhorn(iterations)
-
-
-def entropy(probabilities: Tensor) -> Tensor:
-    """The mean entropy of the rows, in nats."""
-    total: Tensor = torch.special.entr(probabilities).sum(-1)
-    return total.mean()
-
-
-CHUNK_ELEMENTS = 1 << 18
-"""Rows are worked on in chunks of this many numbers, which stay in a core's cache: measured in docs/benchmarks.md."""
-
-
-class _CrossEntropy(torch.autograd.Function):
-    """mass * logsumexp(z) - sum(p z), z = logits / temperature, keeping no float32 copy of the (rows, K) logits."""
-
-    @staticmethod
-    def forward(context: Any, logits: Tensor, targets: Tensor, temperature: float, mass: float) -> Tensor:
-        chunk = max(CHUNK_ELEMENTS // logits.shape[-1], 1)
-        normalisers, losses = [], []
-        for rows, target in zip(torch.split(logits, chunk), torch.split(targets, chunk), strict=True):
-            scaled = rows.float() / temperature
-            normaliser = scaled.logsumexp(-1)
-            normalisers.append(normaliser)
-            losses.append(mass * normaliser - torch.linalg.vecdot(target, scaled))
-        context.save_for_backward(logits, targets, torch.cat(normalisers) if normalisers else logits.new_zeros(0))
-        context.temperature, context.mass = temperature, mass
-        return torch.cat(losses) if losses else logits.new_zeros(0, dtype=torch.float32)
-
-    @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Any:
-        logits, targets, normalisers = context.saved_tensors
-        result = torch.empty_like(logits)
-        chunk = max(CHUNK_ELEMENTS // logits.shape[-1], 1)
-        parts = (torch.split(tensor, chunk) for tensor in (logits, targets, normalisers, gradient, result))
-        for rows, target, normaliser, scale, out in zip(*parts, strict=True):
-            probabilities = (rows.float() / context.temperature).sub_(normaliser[:, None]).exp_()
-            difference = (
-                probabilities.mul_(context.mass).sub_(target) if context.mass != 1 else probabilities.sub_(target)
-            )
-            out.copy_(difference.mul_((scale / context.temperature)[:, None]))
-        return result, None, None, None
-
-
-def cross_entropy(logits: Tensor, targets: Tensor, temperature: float, mass: float = 1.0) -> Tensor:
-    """-sum_k targets_k log softmax(logits / temperature)_k of each row, (rows, K) x 2 -> (rows,), in float32.
-
-    `mass` is what each row of `targets` sums to: 1 for a distribution, n for a sum of n of them. No gradient for targets.
-    """
-    rows: Tensor = _CrossEntropy.apply(logits, targets.detach(), temperature, mass)
-    return rows

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ssl_platform.config import ConfigError
 from ssl_platform.objectives import BuildContext, Forward, Loss, Objective, ObjectiveConfig, Outputs
-from ssl_platform.objectives._targets import TargetName, Temperature, build_targets, cross_entropy, entropy
+from ssl_platform.objectives._cross_entropy import cross_entropy, entropy
+from ssl_platform.objectives._targets import TargetName, Temperature, build_targets
 from ssl_platform.optim import Linear, Schedule, build_schedule
 from ssl_platform.views import Batch
 
@@ -89,7 +90,10 @@ class Dino(Objective):
         with torch.no_grad():
             embeddings = outputs.features[self.teacher].cls  # (T, B, D)
             teacher_logits = outputs.heads[self.head][self.teacher.network](embeddings.flatten(0, 1))  # (T B, K)
-            targets = self.targets(teacher_logits, self.teacher_temp(step)).unflatten(0, embeddings.shape[:2])
+            pending = self.targets.pending(teacher_logits)  # type: ignore[operator]
+            targets = self.targets(teacher_logits, self.teacher_temp(step), in_place=True)
+            targets = targets.unflatten(0, embeddings.shape[:2])  # (T, B, K)
+            teacher_entropy = entropy(targets)
         views = [outputs.features[request].cls.flatten(0, -3) for request in self.students]  # each (S, B, D)
         logits = outputs.heads[self.head][self.students[0].network](torch.cat(views).flatten(0, 1))
         logits = logits.unflatten(0, (-1, len(batch.keys)))  # (S of all groups, B, K)
@@ -98,9 +102,8 @@ class Dino(Objective):
         losses = pair_losses(logits, targets, allowed, self.student_temp)  # (S,)
         parts = torch.split(losses, [len(cls) for cls in views])
         terms = {request.group: part.sum() for request, part in zip(self.students, parts, strict=True)}
-        teacher_entropy = entropy(targets)
         metrics = {"teacher_entropy": teacher_entropy, "kl": losses.detach().sum() - teacher_entropy}
-        return Loss(terms, self.targets.pending(teacher_logits), metrics)  # type: ignore[operator]
+        return Loss(terms, pending, metrics)
 
     def commit(self, step: int, pending: Sequence[dict[str, Tensor]]) -> None:
         self.targets.commit(pending)  # type: ignore[operator]
@@ -122,7 +125,8 @@ def pair_losses(logits: Tensor, targets: Tensor, allowed: Tensor, student_temp: 
     logits (S, B, K), targets (T, B, K), allowed (T, S) -> (S,). The cross-entropies of one student view with several
     teacher views share their log-sum-exp, so they are one cross-entropy with the sum of the targets.
     """
-    num_pairs = int(allowed.sum())
+    used_by_view: list[list[bool]] = allowed.T.tolist()
+    num_pairs = sum(map(sum, used_by_view))
     if num_pairs == 0:
         raise ConfigError(
             [
@@ -131,7 +135,7 @@ def pair_losses(logits: Tensor, targets: Tensor, allowed: Tensor, student_temp: 
         )
     sums: dict[tuple[bool, ...], Tensor] = {}
     losses = []
-    for view, teachers in zip(logits, allowed.T.tolist(), strict=True):
+    for view, teachers in zip(logits, used_by_view, strict=True):
         chosen = [target for target, used in zip(targets, teachers, strict=True) if used]
         if not chosen:
             losses.append(view.sum() * 0.0)

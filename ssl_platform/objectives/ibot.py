@@ -7,7 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from ssl_platform.objectives import BuildContext, Forward, Loss, Objective, ObjectiveConfig, Outputs
-from ssl_platform.objectives._targets import TargetName, Temperature, build_targets, cross_entropy, entropy
+from ssl_platform.objectives._cross_entropy import cross_entropy, entropy
+from ssl_platform.objectives._targets import TargetName, Temperature, build_targets
 from ssl_platform.optim import Linear, Schedule, build_schedule
 from ssl_platform.views import Batch
 
@@ -67,21 +68,26 @@ class Ibot(Objective):
 
     def loss(self, outputs: Outputs, batch: Batch, step: int) -> Loss:
         assert self.student.masks is not None
-        masks = batch.groups[self.student.group].masks[self.student.masks]  # (V, M, B, N)
+        group = batch.groups[self.student.group]
+        masks, hidden = group.masks[self.student.masks], group.hidden(self.student.masks)  # (V, M, B, N), (masked,)
         with torch.no_grad():
             teacher_patches = outputs.features[self.teacher].patches  # (V, B, N, D)
-            hidden = teacher_patches[:, None].expand(*masks.shape, -1)[masks]  # (masked, D)
-            teacher_logits = outputs.heads[self.head][self.teacher.network](hidden)  # (masked, K)
-            targets = self.targets(teacher_logits, self.teacher_temp(step))
-        student_patches = outputs.features[self.student].patches  # (V, M, B, N, D)
-        logits = outputs.heads[self.head][self.student.network](student_patches[masks])  # (masked, K)
+            seen = (
+                teacher_patches[:, None].expand(*masks.shape, -1).flatten(0, 3).index_select(0, hidden)
+            )  # (masked, D)
+            teacher_logits = outputs.heads[self.head][self.teacher.network](seen)  # (masked, K)
+            pending = self.targets.pending(teacher_logits)  # type: ignore[operator]
+            targets = self.targets(teacher_logits, self.teacher_temp(step), in_place=True)
+            del teacher_logits  # one tensor less of this size while the student's logits are there
+            teacher_entropy = entropy(targets)  # nan if this rank has no masked token, like the mean of no rows
+        student_patches = outputs.features[self.student].patches.flatten(0, 3).index_select(0, hidden)  # (masked, D)
+        logits = outputs.heads[self.head][self.student.network](student_patches)  # (masked, K)
         counts = masks.sum(-1, keepdim=True)  # (V, M, B, 1)
-        weights = (1 / counts.clamp_min(1)).expand_as(masks)[masks]  # (masked,)
+        weights = (1 / counts.clamp_min(1)).expand_as(masks).flatten().index_select(0, hidden)  # (masked,)
         num_views = masks[..., 0].numel()
-        rows = cross_entropy(logits, targets, self.student_temp)  # (masked,)
-        teacher_entropy = entropy(targets)  # nan if this rank has no masked token, like the mean of no rows
+        rows = cross_entropy(logits, targets, self.student_temp, reuse_targets=True)  # (masked,)
         metrics = {"teacher_entropy": teacher_entropy, "kl": rows.detach().mean() - teacher_entropy}
-        return Loss({"loss": (rows * weights).sum() / num_views}, self.targets.pending(teacher_logits), metrics)  # type: ignore[operator]
+        return Loss({"loss": (rows * weights).sum() / num_views}, pending, metrics)
 
     def commit(self, step: int, pending: Sequence[dict[str, Tensor]]) -> None:
         self.targets.commit(pending)  # type: ignore[operator]

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from ssl_platform.objectives import BuildContext, Forward, Loss, Objective, ObjectiveConfig
-from ssl_platform.objectives._targets import Centering, cross_entropy
+from ssl_platform.objectives._cross_entropy import cross_entropy
+from ssl_platform.objectives._targets import Centering
 
 
 class Config(ObjectiveConfig):

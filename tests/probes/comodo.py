@@ -6,7 +6,7 @@ from torch import nn
 
 from ssl_platform import distributed
 from ssl_platform.objectives import BuildContext, Forward, Loss, Objective, ObjectiveConfig
-from ssl_platform.objectives._targets import cross_entropy
+from ssl_platform.objectives._cross_entropy import cross_entropy
 
 
 class Config(ObjectiveConfig):

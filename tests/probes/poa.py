@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ssl_platform.backbones import Features, Input
 from ssl_platform.config import PluginConfig
 from ssl_platform.objectives import BuildContext, Forward, Loss, Objective, ObjectiveConfig
-from ssl_platform.objectives._targets import Centering, cross_entropy
+from ssl_platform.objectives._cross_entropy import cross_entropy
+from ssl_platform.objectives._targets import Centering
 
 
 class BackboneConfig(PluginConfig):
