@@ -1,16 +1,21 @@
 """Processes that train together: start and stop, and collectives that are identities for one process alone."""
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+from ssl_platform import sharding
+from ssl_platform.sharding import ParallelConfig
 
 
 def environment_world_size() -> int:
@@ -19,6 +24,7 @@ def environment_world_size() -> int:
 
 
 _store: Any = None
+_timeout = timedelta(minutes=10)
 collective_timer: Callable[[], AbstractContextManager[None]] | None = None
 """Set while somebody wants to know the time inside collectives (`stragglers`)."""
 
@@ -33,22 +39,25 @@ def start(timeout_minutes: float = 10.0) -> torch.device:
     `timeout_minutes` is how long a rank waits for the others, here and in each collective; ConnectionError if they do
     not come, or if the port of the rendezvous is taken.
     """
-    global _store
+    global _store, _timeout
+    _timeout = timedelta(minutes=timeout_minutes)
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if environment_world_size() > 1 and not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        timeout = timedelta(minutes=timeout_minutes)
         try:
-            found, number, size = next(iter(rendezvous("env://", timeout=timeout)))
-            found.set_timeout(timeout)
-            dist.init_process_group(backend, store=found, rank=number, world_size=size, timeout=timeout)
+            found, number, size = next(iter(rendezvous("env://", timeout=_timeout)))
+            found.set_timeout(_timeout)
+            dist.init_process_group(_backend(device), store=found, rank=number, world_size=size, timeout=_timeout)
         except (dist.DistError, RuntimeError) as error:
             raise ConnectionError(_apart(error)) from error
         _store = found
     return device
+
+
+def _backend(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _apart(error: Exception) -> str:
@@ -173,8 +182,18 @@ def from_rank_zero(item: Any) -> Any:
     return items[0]
 
 
-def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module whose forward averages gradients over processes; the module itself when alone."""
+def wrap(
+    module: nn.Module, device: torch.device, parallel: ParallelConfig | None = None, half: torch.dtype | None = None
+) -> nn.Module:
+    """The module whose forward and backward pass average gradients over processes.
+
+    DDP: a wrapper, or the module itself when alone. FSDP2: the module itself, a StudentTeacher whose `networks` and
+    `heads` compute in `half`, now in shards, also when alone: make optimisers and lists of parameters afterwards.
+    """
+    if parallel is not None and parallel.method == "fsdp":
+        heads = [head for copies in module.heads.children() for head in copies.children()]  # type: ignore[union-attr]
+        networks = module.networks.children()  # type: ignore[union-attr]
+        return sharding.shard(module, networks, heads, _mesh(device, parallel.replicas), half, _timed)
     if world_size() == 1:
         return module
     return DistributedDataParallel(
@@ -186,9 +205,39 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def no_sync(module: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+def _mesh(device: torch.device, replicas: int) -> DeviceMesh:
+    """All ranks in `replicas` rows, along which parameters are in shards; neighbouring ranks are in one row."""
+    if not dist.is_initialized():  # one process without a launcher
+        dist.init_process_group(
+            _backend(device), store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=_timeout
+        )
+    if replicas == 1:
+        assert dist.group.WORLD is not None
+        return DeviceMesh.from_group(dist.group.WORLD, device.type)
+    ranks = torch.arange(world_size()).view(replicas, -1)
+    # Made here, because those of `init_device_mesh` would wait for torch's time-out instead of the run's.
+    columns, rows = (dist.new_subgroups_by_enumeration(each.tolist(), timeout=_timeout)[0] for each in (ranks.T, ranks))
+    groups = [cast(dist.ProcessGroup, group) for group in (columns, rows)]
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
+
+
+@contextmanager
+def no_sync(module: nn.Module, wanted: bool) -> Iterator[None]:
     """A context in which backward leaves gradients unaveraged, for all micro-batches of a step but the last."""
-    return module.no_sync() if wanted and isinstance(module, DistributedDataParallel) else nullcontext()
+    if isinstance(module, FSDPModule):
+        sharding.average_gradients(module, not wanted)
+    with module.no_sync() if wanted and isinstance(module, DistributedDataParallel) else nullcontext():
+        yield
+
+
+def full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On rank 0 the tensors, put together of their shards and on the CPU if in shards; nothing elsewhere. All must ask."""
+    kept = {}
+    for name, tensor in tensors.items():
+        together = sharding.whole(tensor)
+        if rank() == 0:
+            kept[name] = together if together is tensor else together.cpu()
+    return kept
 
 
 def any_rank(flag: bool) -> bool:
