@@ -1,7 +1,8 @@
 """The blocks of networks, one by one: found, recomputed in the backward pass, compiled. Names of parameters stay."""
 
 from collections.abc import Iterable
-from functools import partial
+from types import MethodType
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -32,7 +33,7 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 def recompute_blocks(networks: dict[str, nn.Module]) -> None:
     """Lets blocks keep only their input in the forward pass, and run again in the backward pass (activation checkpointing).
 
-    To be given trained networks, before they are wrapped and after `compile_blocks`. Raises ConfigError for a network
+    To be given trained networks, before `compile_blocks` and before they are wrapped. Raises ConfigError for a network
     without blocks, or with batch norm in them, whose running statistics would be updated twice.
     """
     for name, network in networks.items():
@@ -46,13 +47,18 @@ def recompute_blocks(networks: dict[str, nn.Module]) -> None:
                 ]
             )
         for block in blocks:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = MethodType(_recomputed, block)
+
+
+def _recomputed(block: nn.Module, *arguments: Any) -> Any:
+    return checkpoint(type(block).forward, block, *arguments, use_reentrant=False)
 
 
 def compile_blocks(networks: Iterable[nn.Module]) -> None:
     """Compiles the blocks of the networks that have some, when they first run; raises ConfigError if none has.
 
     Blocks of the same code and shapes share what was compiled; sizes that change are compiled once more, for any size.
+    What `recompute_blocks` did is compiled with them: were it around them, a block might run again as another version.
     """
     blocks = [block for network in networks for block in blocks_of(network)]
     if not blocks:

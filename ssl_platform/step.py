@@ -54,10 +54,10 @@ def build(
     """
     student_teacher = build_student_teacher(recipe, modality, num_samples, device, fill)
     networks, roles = dict(student_teacher.networks.items()), student_teacher.roles
-    if recipe.compile:
-        compile_blocks(networks.values())
     if recipe.recompute:
         recompute_blocks({name: network for name, network in networks.items() if roles[name].update == "grad"})
+    if recipe.compile:
+        compile_blocks(networks.values())
     half = torch.bfloat16 if recipe.precision == "bf16" else None
     module = distributed.wrap(student_teacher, device, recipe.parallel, half)  # before anybody asks for parameters
     settings = recipe.optim
