@@ -54,7 +54,7 @@ def _recomputed(block: nn.Module, *arguments: Any) -> Any:
     return checkpoint(type(block).forward, block, *arguments, use_reentrant=False)
 
 
-def compile_blocks(networks: Iterable[nn.Module]) -> None:
+def compile_blocks(networks: Iterable[nn.Module], backend: str = "inductor") -> None:
     """Compiles the blocks of the networks that have some, when they first run; raises ConfigError if none has.
 
     Blocks of the same code and shapes share what was compiled; sizes that change are compiled once more, for any size.
@@ -65,4 +65,4 @@ def compile_blocks(networks: Iterable[nn.Module]) -> None:
         raise ConfigError(["compile: no network has `blocks` that could be compiled one by one; leave it out"])
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
     for block in blocks:
-        block.forward = torch.compile(block.forward)
+        block.forward = torch.compile(block.forward, backend=backend)
