@@ -151,10 +151,9 @@ def costs_report(recipe: Recipe, assumed: costs.Assumptions, facts: StepFacts, s
     chosen = configured(recipe, assumed.gpus)
     for way, each in memories(facts, assumed.gpus, recipe.accumulate, recipe.parallel.replicas).items():
         fits = "fits" if each.total < gpu.memory else "DOES NOT FIT"
+        fits += ", as configured" if way == chosen else ""
         parts = ", ".join(f"{name} {readable(value, 'B')}" for name, value in each._asdict().items() if value)
-        lines[f"memory, {way}"] = (
-            f"{readable(each.total, 'B')} of {readable(gpu.memory, 'B')}: {fits}{', as configured' if way == chosen else ''} ({parts})"
-        )
+        lines[f"memory, {way}"] = f"{readable(each.total, 'B')} of {readable(gpu.memory, 'B')}: {fits} ({parts})"
     lines["memory's error"] = MEMORY_ERROR
     for way, traffic in sent.items() if assumed.gpus > 1 else ():
         lines[f"sent, {way}"] = (
