@@ -1,6 +1,7 @@
 """DDP, FSDP2 and HSDP against one process; accumulation, bad numbers, stages and files of a run in shards."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from ssl_platform import distributed
+from ssl_platform import distributed, stragglers
 from ssl_platform.backbones import Input
 from ssl_platform.config import ConfigError
 from ssl_platform.recipe import load_recipe
@@ -177,6 +178,23 @@ def test_all_ranks_start_from_rank_zeros_weights() -> None:
     expected = engine.model(**settings()).networks["student"].blocks[0].attn.qkv.weight  # type: ignore[index, union-attr]
     for found in run_ranks(2, start_apart):
         assert torch.equal(found, expected)
+
+
+def slow_on_rank_one() -> dict[str, float | int]:
+    parts = engine.parts(**settings(**FSDP))
+    if distributed.rank() == 1:
+        block = parts.student_teacher.networks["student"].blocks[0]  # type: ignore[index, union-attr]
+        block.attn.register_forward_pre_hook(lambda *_: time.sleep(1))
+    stragglers.figures(0.0, 0.0)  # forgets what other tests left
+    for step in range(2):
+        train_step(parts, iter([engine.split(batch(step), 2)[distributed.rank()]]), step, ACTIVE[0])
+    return stragglers.figures(0.0, 0.0)
+
+
+def test_waiting_for_weights_is_no_work_of_ones_own() -> None:
+    """Rank 0 waits for the second block's weights as long as rank 1 sleeps before it gives its part."""
+    for found in run_ranks(2, slow_on_rank_one, timeout=250):
+        assert found["slowest_rank"] == 1 and found["slowest_rank_ratio"] > 1.3, found
 
 
 # -- runs --------------------------------------------------------------------------------------------------------------
