@@ -167,7 +167,7 @@ path leaves out do not count. Recomputing blocks would add up to a third of the 
 
 The parts, in GB: weights with gradients and AdamW's moments; teacher; activations; blocks gathered from shards.
 "Recomputed": blocks keep their input only. Attention is torch's fused kernel, which keeps no N x N matrix.
-"One copy a GPU": `parallel.method: ddp`; "FSDP2": `fsdp`; "recomputed": `recompute: true` ([parallel.md](parallel.md)).
+`ssl-train` copies the whole model to each GPU today; the rows of FSDP2 say what sharding over all GPUs would take.
 
 {memory}
 The calculation against the peak of real steps on the CPU (`python benchmarks/scaling.py --memory`; fp32, 8,192

@@ -24,7 +24,6 @@ def environment_world_size() -> int:
 
 
 _store: Any = None
-_timeout = timedelta(minutes=10)
 collective_timer: Callable[[], AbstractContextManager[None]] | None = None
 """Set while somebody wants to know the time inside collectives (`stragglers`)."""
 
@@ -39,25 +38,22 @@ def start(timeout_minutes: float = 10.0) -> torch.device:
     `timeout_minutes` is how long a rank waits for the others, here and in each collective; ConnectionError if they do
     not come, or if the port of the rendezvous is taken.
     """
-    global _store, _timeout
-    _timeout = timedelta(minutes=timeout_minutes)
+    global _store
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if environment_world_size() > 1 and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        timeout = timedelta(minutes=timeout_minutes)
         try:
-            found, number, size = next(iter(rendezvous("env://", timeout=_timeout)))
-            found.set_timeout(_timeout)
-            dist.init_process_group(_backend(device), store=found, rank=number, world_size=size, timeout=_timeout)
+            found, number, size = next(iter(rendezvous("env://", timeout=timeout)))
+            found.set_timeout(timeout)
+            dist.init_process_group(backend, store=found, rank=number, world_size=size, timeout=timeout)
         except (dist.DistError, RuntimeError) as error:
             raise ConnectionError(_apart(error)) from error
         _store = found
     return device
-
-
-def _backend(device: torch.device) -> str:
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def _apart(error: Exception) -> str:
@@ -183,17 +179,23 @@ def from_rank_zero(item: Any) -> Any:
 
 
 def wrap(
-    module: nn.Module, device: torch.device, parallel: ParallelConfig | None = None, half: torch.dtype | None = None
+    module: nn.Module,
+    device: torch.device,
+    parallel: ParallelConfig | None = None,
+    half: torch.dtype | None = None,
+    timeout_minutes: float = 10.0,
 ) -> nn.Module:
     """The module whose forward and backward pass average gradients over processes.
 
     DDP: a wrapper, or the module itself when alone. FSDP2: the module itself, a StudentTeacher whose `networks` and
     `heads` compute in `half`, now in shards, also when alone: make optimisers and lists of parameters afterwards.
+    `timeout_minutes` is that of `start`.
     """
     if parallel is not None and parallel.method == "fsdp":
         heads = [head for copies in module.heads.children() for head in copies.children()]  # type: ignore[union-attr]
         networks = module.networks.children()  # type: ignore[union-attr]
-        return sharding.shard(module, networks, heads, _mesh(device, parallel.replicas), half, _timed)
+        mesh = _mesh(device, parallel.replicas, timedelta(minutes=timeout_minutes))
+        return sharding.shard(module, networks, heads, mesh, half, _timed)
     if world_size() == 1:
         return module
     return DistributedDataParallel(
@@ -205,18 +207,17 @@ def wrap(
     )
 
 
-def _mesh(device: torch.device, replicas: int) -> DeviceMesh:
+def _mesh(device: torch.device, replicas: int, timeout: timedelta) -> DeviceMesh:
     """All ranks in `replicas` rows, along which parameters are in shards; neighbouring ranks are in one row."""
     if not dist.is_initialized():  # one process without a launcher
-        dist.init_process_group(
-            _backend(device), store=torch._C._distributed_c10d.HashStore(), rank=0, world_size=1, timeout=_timeout
-        )
+        backend, own = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", torch._C._distributed_c10d.HashStore()
+        dist.init_process_group(backend, store=own, rank=0, world_size=1, timeout=timeout)
     if replicas == 1:
         assert dist.group.WORLD is not None
         return DeviceMesh.from_group(dist.group.WORLD, device.type)
     ranks = torch.arange(world_size()).view(replicas, -1)
     # Made here, because those of `init_device_mesh` would wait for torch's time-out instead of the run's.
-    columns, rows = (dist.new_subgroups_by_enumeration(each.tolist(), timeout=_timeout)[0] for each in (ranks.T, ranks))
+    columns, rows = (dist.new_subgroups_by_enumeration(each.tolist(), timeout=timeout)[0] for each in (ranks.T, ranks))
     groups = [cast(dist.ProcessGroup, group) for group in (columns, rows)]
     return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
 

@@ -81,9 +81,9 @@ def calculate(recipe: Recipe, modality: Modality, gpus: int) -> StepFacts:
     return dry_step(recipe, modality, batch)
 
 
-def memories(facts: StepFacts, gpus: int, accumulate: int = 1, replicas: int = 1) -> dict[str, costs.Memory]:
-    """{way to distribute: bytes on each GPU}; with micro-batches, gradients are whole until the last of them."""
-    found = {
+def memories(facts: StepFacts, gpus: int) -> dict[str, costs.Memory]:
+    """{way to distribute: bytes on each GPU}."""
+    return {
         f"{way}{suffix}": costs.memory(
             trained=facts.trained_bytes,
             moments=facts.moments_bytes,
@@ -94,21 +94,12 @@ def memories(facts: StepFacts, gpus: int, accumulate: int = 1, replicas: int = 1
             largest_unit=facts.largest_unit_bytes,
             shards=shards,
         )
-        for way, shards in {"one copy a GPU": 1, **({"FSDP2": gpus // replicas} if gpus > 1 else {})}.items()
+        for way, shards in {"one copy a GPU": 1, **({"FSDP2": gpus} if gpus > 1 else {})}.items()
         for suffix, activations in (
             ("", facts.activations_bytes),
             (", blocks recomputed", facts.recomputed_activations_bytes),
         )
     }
-    return {
-        way: each._replace(gradients=facts.trained_bytes) if accumulate > 1 else each for way, each in found.items()
-    }
-
-
-def configured(recipe: Recipe, gpus: int) -> str:
-    """The key in `memories` of what the configuration asks for."""
-    way = "FSDP2" if recipe.parallel.method == "fsdp" and gpus > 1 else "one copy a GPU"
-    return f"{way}, blocks recomputed" if recipe.recompute else way
 
 
 def traffics(recipe: Recipe, facts: StepFacts, gpus: int) -> dict[str, costs.Traffic]:
@@ -148,10 +139,8 @@ def costs_report(recipe: Recipe, assumed: costs.Assumptions, facts: StepFacts, s
         "(matrix products, forward and backward)",
     }
     lines |= {f"  {part}": f"{readable(value / size, 'FLOP')} a sample" for part, value in facts.flops_by_part.items()}
-    chosen = configured(recipe, assumed.gpus)
-    for way, each in memories(facts, assumed.gpus, recipe.accumulate, recipe.parallel.replicas).items():
+    for way, each in memories(facts, assumed.gpus).items():
         fits = "fits" if each.total < gpu.memory else "DOES NOT FIT"
-        fits += ", as configured" if way == chosen else ""
         parts = ", ".join(f"{name} {readable(value, 'B')}" for name, value in each._asdict().items() if value)
         lines[f"memory, {way}"] = f"{readable(each.total, 'B')} of {readable(gpu.memory, 'B')}: {fits} ({parts})"
     lines["memory's error"] = MEMORY_ERROR

@@ -59,7 +59,8 @@ def build(
     if recipe.compile:
         compile_blocks(networks.values())
     half = torch.bfloat16 if recipe.precision == "bf16" else None
-    module = distributed.wrap(student_teacher, device, recipe.parallel, half)  # before anybody asks for parameters
+    # Before anybody asks for parameters.
+    module = distributed.wrap(student_teacher, device, recipe.parallel, half, recipe.collective_timeout_minutes)
     settings = recipe.optim
     factor, lr = settings.lr_factor(recipe.batch_size), optim.build_schedule(settings.lr, recipe.steps)
     return Parts(
