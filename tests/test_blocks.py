@@ -250,6 +250,7 @@ def test_compiled_blocks_give_the_same_and_are_compiled_once(changes: dict[str, 
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, FSDP], ids=["ddp", "fsdp"])
 def test_compiled_blocks_on_two_ranks(changes: dict[str, Any]) -> None:
     for found in run_ranks(2, compiled_and_not, DROPPED | changes | {"recompute": True}, "aot_eager", 3, timeout=250):
