@@ -1,6 +1,7 @@
 """DDP, FSDP2 and HSDP against one process; accumulation, bad numbers, stages and files of a run in shards."""
 
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ def start_apart() -> torch.Tensor:
     from ssl_platform.step import build
 
     parts = build(made, made.modality.build(None), 8, torch.device("cpu"))
-    return whole(parts.student_teacher.networks["student"].blocks[0].attn.qkv.weight)  # type: ignore[index, union-attr, arg-type]
+    return whole(parts.student_teacher.networks["student"].blocks[0].attn.qkv.weight).detach()  # type: ignore[index, union-attr, arg-type]
 
 
 def test_all_ranks_start_from_rank_zeros_weights() -> None:
@@ -202,24 +203,27 @@ def test_waiting_for_weights_is_no_work_of_ones_own() -> None:
 
 def trained(run_dir: str, *overrides: str) -> None:
     path = ROOT / "configs" / "smoke" / "image.yaml"
-    given = [f"run_dir={run_dir}", "log_every=1", "save_every=2", "tensorboard=false", "optim.name=sgd", *overrides]
+    given = ["steps=4", "log_every=1", "save_every=1", "tensorboard=false", "optim.name=sgd", f"run_dir={run_dir}"]
+    # Draws of drop path differ between numbers of ranks, and so do neighbours of a rank's own samples.
+    given += ["networks.student.backbone.drop_path=0", "objectives.koleo.scope=global", *overrides]
     train(load_recipe(path, given, distributed.world_size()), torch.device("cpu"))
 
 
 def test_a_run_in_shards_is_saved_and_goes_on_on_other_numbers_of_ranks(tmp_path: Path) -> None:
-    free = "networks.student.backbone.drop_path=0"  # draws differ between numbers of ranks, as do KoLeo's neighbours
-    common = [free, "objectives.koleo.scope=global"]
-    trained(str(tmp_path / "one"), "steps=4", *common)
-    run_ranks(2, trained, str(tmp_path / "two"), "steps=2", *common, "parallel.method=fsdp")
-    run_ranks(2, trained, str(tmp_path / "two"), "steps=3", *common, "parallel.method=fsdp", "parallel.replicas=2")
-    trained(str(tmp_path / "two"), "steps=4", *common)
-    one, two = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", "two")
+    one, two = tmp_path / "one", tmp_path / "two"
+    trained(str(one))
+    run_ranks(2, trained, str(two), "parallel.method=fsdp", timeout=250)
+    for step in (3, 4):
+        shutil.rmtree(two / f"checkpoints/step_{step:08d}")
+    run_ranks(2, trained, str(two), "parallel.method=fsdp", "parallel.replicas=2", timeout=250)
+    shutil.rmtree(two / "checkpoints/step_00000004")
+    trained(str(two))
+    ours, theirs = (
+        [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()] for run_dir in (two, one)
     )
-    assert [line["step"] for line in two] == [1, 2, 3, 4]
-    for ours, theirs in zip(two, one, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5), theirs["step"]
+    assert [line["step"] for line in ours] == [1, 2, 3, 4]
+    for step, (mine, other) in enumerate(zip(ours, theirs, strict=True)):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-5), step
 
 
 @pytest.mark.parametrize(
