@@ -1,16 +1,21 @@
 """Processes that train together: start and stop, and collectives that are identities for one process alone."""
 
 import os
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+from ssl_platform import sharding
+from ssl_platform.sharding import ParallelConfig
 
 
 def environment_world_size() -> int:
@@ -205,8 +210,24 @@ def from_rank_zero(item: Any) -> Any:
     return items[0]
 
 
-def wrap(module: nn.Module, device: torch.device) -> nn.Module:
-    """The module whose forward averages gradients over processes; the module itself when alone."""
+def wrap(
+    module: nn.Module,
+    device: torch.device,
+    parallel: ParallelConfig | None = None,
+    half: torch.dtype | None = None,
+    timeout_minutes: float = 10.0,
+) -> nn.Module:
+    """The module whose forward and backward pass average gradients over processes.
+
+    DDP: a wrapper, or the module itself when alone. FSDP2: the module itself, a StudentTeacher whose `networks` and
+    `heads` compute in `half`, now in shards, also when alone: make optimisers and lists of parameters afterwards.
+    `timeout_minutes` is that of `start`.
+    """
+    if parallel is not None and parallel.method == "fsdp":
+        heads = [head for copies in module.heads.children() for head in copies.children()]  # type: ignore[union-attr]
+        networks = module.networks.children()  # type: ignore[union-attr]
+        mesh = _mesh(device, parallel.replicas, timedelta(minutes=timeout_minutes))
+        return sharding.shard(module, networks, heads, mesh, half, _timed)
     if world_size() == 1:
         return module
     return DistributedDataParallel(
@@ -218,9 +239,38 @@ def wrap(module: nn.Module, device: torch.device) -> nn.Module:
     )
 
 
-def no_sync(module: nn.Module, wanted: bool) -> AbstractContextManager[None]:
+def _mesh(device: torch.device, replicas: int, timeout: timedelta) -> DeviceMesh:
+    """All ranks in `replicas` rows, along which parameters are in shards; neighbouring ranks are in one row."""
+    if not dist.is_initialized():  # one process without a launcher
+        backend, own = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", torch._C._distributed_c10d.HashStore()
+        dist.init_process_group(backend, store=own, rank=0, world_size=1, timeout=timeout)
+    if replicas == 1:
+        assert dist.group.WORLD is not None
+        return DeviceMesh.from_group(dist.group.WORLD, device.type)
+    ranks = torch.arange(world_size()).view(replicas, -1)
+    # Made here, because those of `init_device_mesh` would wait for torch's time-out instead of the run's.
+    columns, rows = (dist.new_subgroups_by_enumeration(each.tolist(), timeout=timeout)[0] for each in (ranks.T, ranks))
+    groups = [cast(dist.ProcessGroup, group) for group in (columns, rows)]
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
+
+
+@contextmanager
+def no_sync(module: nn.Module, wanted: bool) -> Iterator[None]:
     """A context in which backward leaves gradients unaveraged, for all micro-batches of a step but the last."""
-    return module.no_sync() if wanted and isinstance(module, DistributedDataParallel) else nullcontext()
+    if isinstance(module, FSDPModule):
+        sharding.average_gradients(module, not wanted)
+    with module.no_sync() if wanted and isinstance(module, DistributedDataParallel) else nullcontext():
+        yield
+
+
+def full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On rank 0 the tensors, put together of their shards and on the CPU if in shards; nothing elsewhere. All must ask."""
+    kept = {}
+    for name, tensor in tensors.items():
+        together = sharding.whole(tensor)
+        if rank() == 0:
+            kept[name] = together if together is tensor else together.cpu()
+    return kept
 
 
 def any_rank(flag: bool) -> bool:

@@ -30,7 +30,7 @@ def vit_flops(vit: VisionTransformer, item: Input, features: Features, *, traine
     rows = num_views * (1 if item.masks is None else item.masks.shape[1])
     weight = vit.patch_embed.proj.weight  # type: ignore[union-attr]
     assert isinstance(weight, torch.Tensor)
-    total = linear(num_views * num_patches, weight[0].numel(), dim, trained=trained, input_gradient=False)
+    total = linear(num_views * num_patches, weight.shape[1:].numel(), dim, trained=trained, input_gradient=False)
     for block, rate in zip(vit.blocks, vit.drop_path, strict=True):
         assert isinstance(block, Block)
         kept = max(int(rows * (1 - rate)), 1) if trained and rate else rows

@@ -8,6 +8,7 @@ import torch
 from pydantic import AfterValidator, Discriminator, Field, Tag
 from torch import Tensor, nn
 
+from ssl_platform import sharding
 from ssl_platform.config import Config
 
 Schedule = Callable[[int], float]
@@ -242,11 +243,16 @@ def peak_rates(optimizer: torch.optim.Optimizer, lr: Schedule, steps: int, freez
 
 
 def clip_gradients(modules: dict[str, list[nn.Parameter]], max_norm: float | None) -> dict[str, Tensor]:
-    """Clips each module's gradients to `max_norm` by itself and returns the norms from before."""
-    norms = {}
-    for name, parameters in modules.items():
-        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        norms[name] = torch.nn.utils.get_total_norm(gradients, foreach=True)
-        if max_norm is not None and gradients:
-            torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norms[name], foreach=True)
+    """Clips each module's gradients to `max_norm` by itself and returns the norms from before.
+
+    Gradients in shards are measured with one collective for all modules; every rank must ask.
+    """
+    gradients = {name: [p.grad for p in parameters if p.grad is not None] for name, parameters in modules.items()}
+    mine = {name: [sharding.local(gradient) for gradient in found] for name, found in gradients.items()}
+    norms = {name: torch.nn.utils.get_total_norm(found, foreach=True) for name, found in mine.items()}
+    first = next((gradient for found in gradients.values() for gradient in found), None)
+    norms = dict(zip(norms, sharding.whole_norms(list(norms.values()), first), strict=True))
+    for name, found in mine.items():
+        if max_norm is not None and found:
+            torch._foreach_mul_(found, (max_norm / (norms[name] + 1e-6)).clamp(max=1.0))  # as torch's clip_grad_norm_
     return norms

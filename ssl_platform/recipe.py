@@ -18,6 +18,7 @@ from ssl_platform.modalities import Modality
 from ssl_platform.objectives import BuildContext
 from ssl_platform.optim import OptimConfig, ScheduleConfig, build_schedule, within
 from ssl_platform.recipe_checks import check_names, check_sizes
+from ssl_platform.sharding import ParallelConfig
 from ssl_platform.student_teacher import Role, StudentTeacher
 
 
@@ -123,7 +124,12 @@ class Recipe(Config):
     accumulate: int = Field(1, ge=1)
     """Micro-batches per optimiser step. Centers see the whole batch; Sinkhorn and KoLeo see micro-batches."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """bf16 = autocast: weights, optimiser, averages and losses stay in float32."""
+    """bf16 = autocast, with fsdp networks and heads in bf16: weights, optimiser, averages, losses stay in float32."""
+    parallel: ParallelConfig = ParallelConfig()
+    recompute: bool = False
+    """Blocks of trained networks keep their input only and run again in the backward pass: less memory, a third slower."""
+    compile: bool = False
+    """torch.compile of blocks: the first steps take minutes, later ones are faster."""
     modality: plugin("ssl_platform.modalities")  # type: ignore[valid-type]
     data: DataConfig
     networks: dict[str, NetworkConfig]
@@ -267,8 +273,9 @@ def build_student_teacher(
         heads,
         {name: objective.build(context) for name, objective in recipe.objectives.items()},
         {name: build_schedule(objective.weight, recipe.steps) for name, objective in recipe.objectives.items()},
-        autocast=(device.type, torch.bfloat16) if recipe.precision == "bf16" else None,
     )
+    if recipe.precision == "bf16":
+        built.mix_precision(device.type, torch.bfloat16, in_shards=recipe.parallel.method == "fsdp")
     return built.to(device)
 
 

@@ -19,6 +19,7 @@ def check_sizes(recipe: "Recipe", world_size: int) -> list[str]:
             f"batch_size: {recipe.batch_size} cannot be split over {world_size} ranks x accumulate {recipe.accumulate}; "
             f"use a multiple of {world_size * recipe.accumulate}"
         )
+    lines += recipe.parallel.problems(world_size)
     total = sum(stage.steps * stage.repeat for stage in recipe.stages.values())
     if recipe.stages and total != recipe.steps:
         lines.append(f"steps: {recipe.steps}, but the stages add up to {total} (steps x repeat)")

@@ -20,6 +20,7 @@ from ssl_platform.modalities import Modality
 from ssl_platform.monitors import Monitor
 from ssl_platform.progress import Clock, StopFlag, duration
 from ssl_platform.recipe import Recipe
+from ssl_platform.sharding import sharded_as
 from ssl_platform.step import Parts, StepResult
 
 
@@ -45,6 +46,8 @@ def save(run: Run, step: int) -> None:
     """Writes a checkpoint of `step` finished steps from rank 0; the other ranks wait for it."""
     recipe, parts = run.recipe, run.parts
     peers.at(step, "saving a checkpoint")
+    model = distributed.full(parts.student_teacher.state_dict())
+    moments = distributed.full(checkpoint.optimizer_tensors(parts.optimizer))
     if distributed.rank() == 0:
         state = checkpoint.TrainState(
             step=step,
@@ -60,7 +63,6 @@ def save(run: Run, step: int) -> None:
             versions={"ssl_platform": __version__, "torch": torch.__version__},
         )
         folder = recipe.run_dir / "checkpoints"
-        model, moments = parts.student_teacher.state_dict(), checkpoint.optimizer_tensors(parts.optimizer)
         path = checkpoint.save(folder, state, to_yaml(recipe), model, moments)
         checkpoint.prune(folder, recipe.keep_last, recipe.keep_every)
         logger.info("saved %s", path)
@@ -120,8 +122,12 @@ def resume(found: Found | None, parts: Parts) -> int:
     if found is None:
         return 0
     path, state = found
-    checkpoint.load_model(parts.student_teacher, checkpoint.read_tensors(path, "model"), path)
-    checkpoint.load_optimizer_tensors(parts.optimizer, checkpoint.read_tensors(path, "optimizer"))
+    weights, moments = (checkpoint.read_tensors(path, name) for name in ("model", "optimizer"))
+    held = parts.student_teacher.state_dict()
+    shards = {name: sharded_as(tensor, held.get(name)) for name, tensor in weights.items()}
+    checkpoint.load_model(parts.student_teacher, shards, path)
+    moments = {name: sharded_as(tensor, held.get(name.rpartition("/")[0])) for name, tensor in moments.items()}
+    checkpoint.load_optimizer_tensors(parts.optimizer, moments)
     parts.counters.update(state.counters)
     parts.bad_samples.update(state.bad_samples)
     if state.world_size != distributed.world_size():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssl_platform import distributed, optim, peers, stragglers
+from ssl_platform.blocks import compile_blocks, recompute_blocks
 from ssl_platform.modalities import Modality
 from ssl_platform.recipe import Fill, Recipe, build_student_teacher
 from ssl_platform.student_teacher import StudentTeacher
@@ -52,11 +53,19 @@ def build(
     `fill` gives networks the weights that their `init` names; without it they are random, as for a run to be resumed.
     """
     student_teacher = build_student_teacher(recipe, modality, num_samples, device, fill)
+    networks, roles = dict(student_teacher.networks.items()), student_teacher.roles
+    if recipe.recompute:
+        recompute_blocks({name: network for name, network in networks.items() if roles[name].update == "grad"})
+    if recipe.compile:
+        compile_blocks(networks.values())
+    half = torch.bfloat16 if recipe.precision == "bf16" else None
+    # Before anybody asks for parameters.
+    module = distributed.wrap(student_teacher, device, recipe.parallel, half, recipe.collective_timeout_minutes)
     settings = recipe.optim
     factor, lr = settings.lr_factor(recipe.batch_size), optim.build_schedule(settings.lr, recipe.steps)
     return Parts(
         student_teacher=student_teacher,
-        module=distributed.wrap(student_teacher, device),
+        module=module,
         optimizer=optim.build_optimizer(
             student_teacher.trained_parameters(settings.layer_decay, settings.patch_embed_lr),
             name=settings.name,

@@ -54,9 +54,8 @@ class StudentTeacher(nn.Module):
         heads: dict[str, dict[str, nn.Module]],
         objectives: Mapping[str, Objective],
         weights: dict[str, Schedule],
-        autocast: tuple[str, torch.dtype] | None = None,
     ) -> None:
-        """`heads[name]` has a copy for its trained network and for each ema network of it; `autocast` is (device, dtype)."""
+        """`heads[name]` has a copy for its trained network and for each ema network of it."""
         super().__init__()
         self.networks = nn.ModuleDict(networks)
         self.heads = nn.ModuleDict({name: nn.ModuleDict(copies) for name, copies in heads.items()})
@@ -66,8 +65,6 @@ class StudentTeacher(nn.Module):
             if role.update != "grad":
                 for module in self._of_network(name):
                     module.requires_grad_(False)
-        if autocast:
-            self.mix_precision(*autocast)
         self.train()
 
     def forward(self, batch: Batch, step: int, active: Sequence[str]) -> StepOutput:
@@ -177,11 +174,14 @@ class StudentTeacher(nn.Module):
         heads = [(copies[name], copies[role.of]) for copies in self.heads.values() if name in copies]  # type: ignore[index, operator]
         return [(self.networks[name], self.networks[role.of]), *heads]
 
-    def mix_precision(self, device: str, dtype: torch.dtype) -> None:
-        """Runs networks, heads and the modules inside objectives under autocast; the losses' own arithmetic is float32."""
+    def mix_precision(self, device: str, dtype: torch.dtype, in_shards: bool = False) -> None:
+        """Runs networks, heads and the modules inside objectives under autocast; the losses' own arithmetic is float32.
+
+        Networks and heads that will be `in_shards` are left alone: their weights are gathered in `dtype`.
+        """
         inside = [child for objective in self.objectives.values() for child in objective.children()]
         heads = [module for copies in self.heads.values() for module in copies.children()]
-        for module in [*self.networks.values(), *heads, *inside]:
+        for module in inside if in_shards else [*self.networks.values(), *heads, *inside]:
             module.forward = torch.autocast(device, dtype)(module.forward)
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from ssl_platform import distributed
 from ssl_platform.config import validate
 from ssl_platform.recipe import Recipe, build_student_teacher
 from ssl_platform.step import Parts
@@ -38,7 +39,7 @@ def settings(**changes: Any) -> dict[str, Any]:
 
 
 def recipe(**changes: Any) -> Recipe:
-    return validate(Recipe, settings(**changes))
+    return validate(Recipe, settings(**changes), world_size=distributed.world_size())
 
 
 def model(**changes: Any) -> StudentTeacher:

@@ -164,10 +164,11 @@ def stop_after(partial: Recipe, step: int) -> None:
             shutil.rmtree(path)
 
 
+@pytest.mark.parametrize("method", ["ddp", "fsdp"])
 @pytest.mark.parametrize("name", PROBES)
-def test_two_ranks_equal_one(name: str, shards: Path, tmp_path: Path) -> None:
+def test_two_ranks_equal_one(name: str, method: str, shards: Path, tmp_path: Path) -> None:
     train(recipe(name, shards, tmp_path / "one"), torch.device("cpu"))
-    both = recipe(name, shards, tmp_path / "two")
+    both = recipe(name, shards, tmp_path / "two", parallel={"method": method})
     run_ranks(2, two_ranks, both.model_dump(mode="json"))
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(one) == len(two) == 4

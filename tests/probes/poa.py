@@ -26,10 +26,10 @@ class ElasticMlp(nn.Module):
     def __init__(self, patch_embed: nn.Module, width: int) -> None:
         super().__init__()
         self.patch_embed, self.embed_dim, self.num_layers = patch_embed, width, 2
-        self.blocks = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(2))
 
     def layer_of(self, parameter: str) -> int:
-        return int(parameter.split(".")[1]) + 1 if parameter.startswith("blocks") else 0
+        return int(parameter.split(".")[1]) + 1 if parameter.startswith("layers") else 0
 
     def forward(self, inputs: list[Input]) -> list[Features]:
         return [self._run(item) for item in inputs]
@@ -37,7 +37,7 @@ class ElasticMlp(nn.Module):
     def _run(self, item: Input) -> Features:
         width, depth = item.arch or (self.embed_dim, 2)
         tokens = self.patch_embed(item.views.flatten(0, 1)).content[..., :width]
-        for block in self.blocks[:depth]:
+        for block in self.layers[:depth]:
             scale = self.embed_dim / width
             tokens = tokens + torch.tanh(tokens @ block.weight[:width, :width].T * scale + block.bias[:width])
         full = torch.nn.functional.pad(tokens, (0, self.embed_dim - width))
