@@ -73,10 +73,11 @@ def _from_folder(path: Path, network: str) -> Weights:
         except CheckpointError as error:
             raise ValueError(str(error)) from error
         if found is not None:
-            path, file = found, found / "model.safetensors"
+            path = found
     encoder = Encoder.load(path, network=network)
     origin = f"{path} (network {network} after {encoder.config.step} steps)"
-    return _of_module(encoder.network, origin, sha256(file))
+    digest = sha256(file) if (path / "config.json").is_file() else checkpoint.digest(path)
+    return _of_module(encoder.network, origin, digest)
 
 
 def _of_module(module: nn.Module, origin: str, digest: str | None) -> Weights:
