@@ -291,7 +291,7 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _read_json(path: Path) -> dict[str, Any]:
     file = path / "state.json"
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -299,4 +299,4 @@ def _read_json(path: Path) -> dict[str, Any]:
     found = data.get("format") if isinstance(data, dict) else None
     if found not in (FORMAT, SHARDED) or not isinstance(data.get("files"), dict):
         raise CheckpointError(f"{file}: not a checkpoint of format {FORMAT} or {SHARDED} (found {found})")
-    return data
+    return dict(data)

@@ -172,7 +172,7 @@ class TensorFiles(Mapping[str, Tensor]):
 
     def __getitem__(self, key: str) -> Tensor:
         found = self._tensors[key]
-        parts = [self._open(number).get_tensor(key) for number, _ in found["parts"]]
+        parts: list[Tensor] = [self._open(number).get_tensor(key) for number, _ in found["parts"]]
         return parts[0] if len(parts) == 1 else torch.cat(parts, found["dim"])
 
     def shape(self, key: str) -> tuple[int, ...]:
@@ -202,7 +202,7 @@ class TensorFiles(Mapping[str, Tensor]):
         found = self._tensors[key]
         if len(found["parts"]) > 1 and found["dim"] != dim:
             return self[key].narrow(dim, begin, end - begin)
-        pieces = []
+        pieces: list[Tensor] = []
         for number, offset in found["parts"]:
             part = self._open(number).get_slice(key)
             length = part.get_shape()[dim]
@@ -211,7 +211,7 @@ class TensorFiles(Mapping[str, Tensor]):
                 pieces.append(part[(slice(None),) * dim + (slice(first, last),)])
         if not pieces:
             number, _ = found["parts"][0]
-            return self._open(number).get_tensor(key).narrow(dim, 0, 0)
+            pieces.append(self._open(number).get_tensor(key).narrow(dim, 0, 0))
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
 
     def _open(self, number: int) -> Any:

@@ -184,6 +184,7 @@ def test_ranks_skip_together() -> None:
     results = run_ranks(2, bad_on_rank_one)
     assert [(skipped, same) for skipped, same, _ in results] == [(True, True), (True, True)]
     assert results[1][2] == ["sample1-0", "sample1-1", "sample1-2", "sample1-3"]
+    assert results[0][2] == [], "its gradients are not finite either, but its loss is"
 
 
 def test_skipped_steps_are_counted_recorded_and_limited(tmp_path: Path) -> None:
