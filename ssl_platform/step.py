@@ -98,7 +98,8 @@ class OutOfMemory(Exception):
     """A step did not fit into the memory of this rank's device."""
 
     def __init__(self, error: BaseException, keys: list[str]) -> None:
-        super().__init__(str(error).splitlines()[0] if str(error) else type(error).__name__)
+        first = str(error).partition("\n")[0].partition(" Of the allocated memory")[0]
+        super().__init__(first.rstrip(".") or type(error).__name__)
         self.keys = keys
         """Of the micro-batch."""
 
