@@ -189,6 +189,53 @@ def test_another_shape_or_name_is_told_before_anything_is_loaded(sharded: Path) 
     assert torch.equal(module.uneven, before["uneven"])
 
 
+def train_fsdp(folder: str, hybrid: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """FSDP2's own sharding: a step, a save, a step; and the second step again from the checkpoint: both ends, whole."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    def built(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        module = nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Linear(7, 3))
+        size = distributed.world_size()
+        names = ("replicate", "shard") if hybrid else ("shard",)
+        mesh = init_device_mesh("cpu", (size // 2, 2) if hybrid else (size,), mesh_dim_names=names)
+        for layer in module:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(module, mesh=mesh)
+        named = [(name, parameter, ParameterRule(1.0, 1.0, False)) for name, parameter in module.named_parameters()]
+        optimizer = build_optimizer(named, name="adamw", betas=(0.9, 0.999), eps=1e-8)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.1
+        return module, optimizer
+
+    def step(module: nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
+        torch.manual_seed(100 * number + distributed.rank())
+        module(torch.randn(4, 5)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    module, optimizer = built(0)
+    step(module, optimizer, 1)
+    saver = Saver(Path(folder), 3, None, 60)
+    saver.begin(state(1), "", module.state_dict(), checkpoint.optimizer_tensors(optimizer))
+    step(module, optimizer, 2)
+    assert saver.take() == (1, "")
+    again, its_optimizer = built(1)
+    checkpoint.load_networks(again, Path(folder) / "step_00000001")
+    checkpoint.load_optimizer(its_optimizer, Path(folder) / "step_00000001")
+    step(again, its_optimizer, 2)
+    return contents(module, optimizer), contents(again, its_optimizer)
+
+
+@pytest.mark.parametrize("hybrid", [False, True], ids=["fsdp", "hsdp"])
+def test_fsdp_goes_on_bit_for_bit(hybrid: bool, tmp_path: Path) -> None:
+    for first, second in run_ranks(4, train_fsdp, str(tmp_path), hybrid):
+        assert_equal(first, second)
+    assert (tmp_path / "step_00000001/model-rank-00001.safetensors").is_file()
+    assert (tmp_path / "step_00000001/model-rank-00002.safetensors").is_file() != hybrid
+
+
 def layouts_that_are_refused() -> list[str]:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
