@@ -1,6 +1,7 @@
 """Checkpoints written beside the training, by one rank or by each its part, and read by any number of ranks."""
 
 import json
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,9 +15,15 @@ from torch import Tensor, nn
 
 from ssl_platform import checkpoint, distributed, tensor_files
 from ssl_platform.checkpoint import CheckpointError, TrainState
+from ssl_platform.encoder import Encoder
 from ssl_platform.optim import ParameterRule, build_optimizer
+from ssl_platform.recipe import InitConfig
 from ssl_platform.saving import Saver
+from ssl_platform.train import main
+from ssl_platform.weights import read, sha256
 from tests.ranks import run_ranks
+from tests.test_resume import SMOKE
+from tests.test_resume import assert_equal as assert_equal_runs
 
 SHAPES = {"even": (8, 3), "uneven": (7, 3), "few": (2, 5), "one": (1, 4), "vector": (5,), "empty_rank": (6,)}
 """Over four ranks of ceil(n / 4) rows each: 7 = 2 2 2 1, 2 = 1 1 0 0, 5 = 2 2 1 0, 6 = 2 2 2 0."""
@@ -256,6 +263,40 @@ def layouts_that_are_refused() -> list[str]:
 def test_layouts_that_cannot_be_saved() -> None:
     (told, *_) = run_ranks(4, layouts_that_are_refused)
     assert len(told) == 2 and all("expected one Shard, or none, and replicas" in text for text in told)
+
+
+def reshard(source: str, folder: str) -> None:
+    """Writes a checkpoint again as if its run were sharded over these ranks."""
+    from dataclasses import replace
+
+    path, size = Path(source), distributed.world_size()
+    groups = []
+    for group in ("model", "optimizer"):
+        tensors = checkpoint.read_tensors(path, group)
+        groups.append({key: _laid_out(value, (size,)) if value.ndim else value for key, value in tensors.items()})
+    saver = Saver(Path(folder), 3, None, 60)
+    saver.begin(replace(checkpoint.read_state(path), world_size=size), (path / "config.yaml").read_text(), *groups)
+    outcome = saver.take()
+    assert outcome is not None and not outcome.failure
+
+
+def test_a_run_of_one_process_goes_on_from_sharded_files_and_encoders_read_them(tmp_path: Path) -> None:
+    quiet = ["tensorboard=false", "monitor_every=0", "log_every=1", "save_every=1", "steps=3"]
+    for name in ("whole", "again"):
+        assert main([str(SMOKE), f"run_dir={tmp_path / name}", *quiet]) == 0
+    checkpoints = tmp_path / "again/checkpoints"
+    plain = tmp_path / "plain"
+    (checkpoints / "step_00000001").rename(plain)
+    for path in checkpoints.iterdir():
+        shutil.rmtree(path)
+    run_ranks(2, reshard, str(plain), str(checkpoints))
+    one, two = (Encoder.load(path).network.state_dict() for path in (plain, checkpoints / "step_00000001"))
+    assert_equal(one, two)
+    found = read(InitConfig(path=tmp_path / "again"))
+    assert_equal(found.tensors, one)
+    assert found.sha256 != read(InitConfig(path=plain)).sha256 == sha256(plain / "model.safetensors")
+    assert main([str(SMOKE), f"run_dir={tmp_path / 'again'}", *quiet]) == 0
+    assert_equal_runs(tmp_path / "whole", tmp_path / "again", 3)
 
 
 # -- while the run goes on -------------------------------------------------------------------------------------------
