@@ -28,7 +28,7 @@ class Config(ObjectiveConfig):
     until: int = 1000
     """Of trouble with the disk: the step in which it is over."""
     folder: Path | None = None
-    """Likewise: a mount point that is filled, or made read-only."""
+    """Likewise: what is filled, or made read-only."""
 
     def build(self, context: BuildContext) -> "Trouble":
         if "sav" in self.kind:
@@ -73,7 +73,9 @@ class Trouble(Objective):
                     except OSError:
                         pass
             case "read only":
-                subprocess.run(["mount", "-o", "remount,ro", str(self.config.folder)], check=True)
+                folder = str(self.config.folder)
+                subprocess.run(["mount", "--bind", folder, folder], check=True)
+                subprocess.run(["mount", "-o", "remount,bind,ro", folder], check=True)
             case "small files":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
             case "slow save" | "kill while saving":
@@ -87,7 +89,7 @@ class Trouble(Objective):
                 assert self.config.folder is not None
                 (self.config.folder / "filler").unlink()
             case "read only":
-                subprocess.run(["mount", "-o", "remount,rw", str(self.config.folder)], check=True)
+                subprocess.run(["umount", "-l", str(self.config.folder)], check=True)
             case "small files":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
