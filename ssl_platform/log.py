@@ -128,8 +128,7 @@ class Metrics:
         return line
 
     def close(self) -> None:
-        if lost := unwritten():
-            logger.warning("could not be written, and are lost: %s", lost)
+        warn_of_unwritten()
         if self.writer is not None:
             with suppress(OSError):
                 self.writer.close()
@@ -212,6 +211,12 @@ def _append(path: Path, content: bytes) -> None:
         except OSError:
             file.truncate(length)
             raise
+
+
+def warn_of_unwritten() -> None:
+    """Says which lines are lost, at the end of a process."""
+    if lost := unwritten():
+        logger.warning("could not be written, and are lost: %s", lost)
 
 
 def unwritten() -> str:

@@ -92,6 +92,7 @@ class Saver:
         failures = [text for text in distributed.gather_objects(self._outcome.failure) if text]
         outcome = self._outcome._replace(failure=failures[0] if failures else "")
         self.in_a_row = self.in_a_row + 1 if failures else 0
+        self._outcome = None
         return outcome
 
     def wait(self) -> None:

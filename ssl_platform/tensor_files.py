@@ -125,7 +125,8 @@ def write(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     try:
         save_file(dict(tensors), path)
     except SafetensorError as error:
-        raise OSError(f"{path}: {str(error).removeprefix('Error while serializing: I/O error: ')}") from error
+        reason = str(error).removeprefix("Error while serializing: I/O error: ").partition(" (os error")[0]
+        raise OSError(f"{path}: {reason}") from error
     flush(path)
     return fingerprint(path)
 

@@ -23,7 +23,7 @@ from ssl_platform.data.order import Order
 from ssl_platform.data.reading import BadSampleError
 from ssl_platform.data.shards import train_batches
 from ssl_platform.initialise import Report, initialise, write_reports
-from ssl_platform.log import Metrics, cut_back, logger, open_rank_log, set_up_logging, to_rank_log
+from ssl_platform.log import Metrics, cut_back, logger, open_rank_log, set_up_logging, to_rank_log, warn_of_unwritten
 from ssl_platform.mishaps import keep_count, out_of_memory
 from ssl_platform.modalities import Modality
 from ssl_platform.monitors import Monitor
@@ -108,6 +108,7 @@ keys: docs/configuration.md""",
         ConfigError, checkpoint.CheckpointError, run_lock.RunLocked, TrainingStopped, BadSampleError, OSError
     ) as error:  # fmt: skip
         peers.ends_with(error)
+        warn_of_unwritten()
         logger.error("%s", error)
         peers.leave(1)
         return 1
