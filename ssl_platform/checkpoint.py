@@ -2,26 +2,28 @@
 
 A checkpoint is a folder `step_00000100/` (100 finished steps) with `config.yaml` (the resolved configuration),
 `model.safetensors` (networks, heads, objectives), `optimizer.safetensors` and, written last, `state.json`, which lists
-the size and checksum of the others.
+the size and checksum of the others. Where parameters are sharded over ranks the two are one file for each rank, and
+`index.json` (`tensor_files`). `saving` writes them beside the training.
 """
 
 import hashlib
 import json
-import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ssl_platform.log import logger
+from ssl_platform.tensor_files import INDEX, TensorFiles, file_name, fingerprint, flush, is_sharded, write
 
-FORMAT = 1
+FORMAT, SHARDED = 1, 2
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -55,25 +57,61 @@ class TrainState:
 def save(
     folder: Path, state: TrainState, config_yaml: str, model: dict[str, Tensor], optimizer: dict[str, Tensor]
 ) -> Path:
-    """Writes `folder/step_XXXXXXXX` and returns it: a temporary folder first, flushed to the disk, then renamed."""
-    folder.mkdir(parents=True, exist_ok=True)
-    final = folder / f"step_{state.step:08d}"
-    temporary = folder / f".{final.name}.part"
+    """Writes `folder/step_XXXXXXXX` of one process and returns it; `saving` does the same for several, in steps."""
+    temporary = open_part(folder, state.step)
+    groups = {"model": _plain(model), "optimizer": _plain(optimizer)}
+    files = write_part(temporary, groups, 0, sharded=False)
+    return commit(temporary, state, config_yaml, files, None)
+
+
+def open_part(folder: Path, step: int) -> Path:
+    """An empty folder for what will be the checkpoint of `step`; nobody may be writing in it."""
+    temporary = part_of(folder, step)
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    (temporary / "config.yaml").write_text(config_yaml, encoding="utf-8")
-    save_file(_plain(model), temporary / "model.safetensors")
-    save_file(_plain(optimizer), temporary / "optimizer.safetensors")
-    files = {path.name: _fingerprint(path) for path in sorted(temporary.iterdir())}
-    text = json.dumps({"format": FORMAT, **asdict(state), "files": files}, indent=1)
+    temporary.mkdir(parents=True)
+    return temporary
+
+
+def part_of(folder: Path, step: int) -> Path:
+    """Where it is written."""
+    return folder / f".step_{step:08d}.part"
+
+
+def write_part(
+    temporary: Path, groups: Mapping[str, Mapping[str, Tensor]], rank: int, *, sharded: bool
+) -> dict[str, dict[str, Any]]:
+    """Writes what `rank` holds of each group, {file name: size and checksum}; OSError names the file."""
+    files = {}
+    for group, tensors in groups.items():
+        if tensors or (rank == 0 and not sharded):
+            name = file_name(group, rank, sharded)
+            files[name] = write(temporary / name, tensors)
+    return files
+
+
+def commit(
+    temporary: Path,
+    state: TrainState,
+    config_yaml: str,
+    files: Mapping[str, dict[str, Any]],
+    index: dict[str, Any] | None,
+) -> Path:
+    """Makes a checkpoint of a folder in which all `files` are: writes what tells of them, flushes, renames."""
+    texts = {"config.yaml": config_yaml} | ({} if index is None else {INDEX: json.dumps(index)})
+    for name, text in texts.items():
+        (temporary / name).write_text(text, encoding="utf-8")
+        flush(temporary / name)
+    listed = dict(files) | {name: fingerprint(temporary / name) for name in texts}
+    heading = {"format": FORMAT if index is None else SHARDED, **asdict(state)}
+    text = json.dumps({**heading, "files": dict(sorted(listed.items()))}, indent=1)
     (temporary / "state.json").write_text(text, encoding="utf-8")
-    for path in temporary.iterdir():
-        _flush(path)
-    _flush(temporary)
+    flush(temporary / "state.json")
+    flush(temporary)
+    final = temporary.with_name(f"step_{state.step:08d}")
     if final.exists():  # an unusable one of the same step, which `latest` passed over
         shutil.rmtree(final)
     temporary.rename(final)
-    _flush(folder)
+    flush(final.parent)
     return final
 
 
@@ -115,15 +153,21 @@ def set_aside_newer(path: Path) -> None:
 
 def verify(path: Path) -> None:
     """Raises CheckpointError with the reason unless every file of the checkpoint is whole."""
-    listed = _read_json(path)["files"]
-    for name in ("config.yaml", "model.safetensors", "optimizer.safetensors"):
+    data = _read_json(path)
+    listed = data["files"]
+    needed = {
+        "config.yaml",
+        *((INDEX,) if data["format"] == SHARDED else ("model.safetensors", "optimizer.safetensors")),
+    }
+    for name in sorted(needed | listed.keys()):
         file = path / name
         if name not in listed or not file.is_file():
-            raise CheckpointError(f"{path}: {name} is missing")
+            part = f", the part of rank {int(name[-17:-12])}" if "-rank-" in name else ""
+            raise CheckpointError(f"{path}: {name}{part} is missing: copy the whole folder")
         expected, found = listed[name], file.stat().st_size
         if found != expected["bytes"]:
             raise CheckpointError(f"{file}: {found} bytes instead of {expected['bytes']}: it was cut off or replaced")
-        if _fingerprint(file) != expected:
+        if fingerprint(file) != expected:
             raise CheckpointError(f"{file}: its content does not match the checksum in state.json")
 
 
@@ -137,12 +181,26 @@ def read_state(path: Path) -> TrainState:
         raise CheckpointError(f"{path / 'state.json'}: not a checkpoint of this platform ({error})") from error
 
 
-def read_tensors(path: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of `model` or `optimizer`."""
+def read_tensors(path: Path, group: str, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of `model` or `optimizer` whose keys begin with `prefix`, whole, however many ranks wrote them."""
+    with _reading(path, group):
+        tensors = TensorFiles(path, group)
+        return {key: tensors[key] for key in tensors if key.startswith(prefix)}
+
+
+def digest(path: Path) -> str:
+    """The checksum of the networks' weights, as `state.json` has it: of the one file, or of its parts' checksums."""
+    listed = _read_json(path)["files"]
+    sums = [listed[name]["sha256"] for name in sorted(listed) if name.startswith("model")]
+    return str(sums[0]) if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+@contextmanager
+def _reading(path: Path, group: str) -> Iterator[None]:
     try:
-        return load_file(path / f"{name}.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path / name}.safetensors: cannot be read ({error})") from error
+        yield
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path}: the tensors of {group} cannot be read ({error})") from error
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
@@ -174,30 +232,42 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse; raises CheckpointError for tensors of parameters that are not there."""
+def load_optimizer(optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Takes the optimiser's state from a checkpoint, this rank's part of it where parameters are sharded."""
     names = {
         name: p for group in optimizer.param_groups for name, p in zip(group["names"], group["params"], strict=True)
     }
-    foreign = sorted({key.rpartition("/")[0] for key in tensors} - names.keys())
-    if foreign:
-        raise CheckpointError(f"the checkpoint's optimiser holds parameters this configuration has not: {foreign[:5]}")
-    on_device = bool(optimizer.defaults.get("fused"))  # where the fused kernel wants its step counts too
-    for key, value in tensors.items():
-        name, _, state = key.rpartition("/")
-        parameter = names[name]
-        optimizer.state[parameter][state] = value.to(parameter.device if value.ndim or on_device else value.device)
+    with _reading(path, "optimizer"):
+        tensors = TensorFiles(path, "optimizer")
+        foreign = sorted({key.rpartition("/")[0] for key in tensors} - names.keys())
+        if foreign:
+            raise CheckpointError(
+                f"{path}: its optimiser holds parameters this configuration has not: {', '.join(foreign[:5])}"
+            )
+        on_device = bool(optimizer.defaults.get("fused"))  # where the fused kernel wants its step counts too
+        for key in tensors:
+            name, _, state = key.rpartition("/")
+            parameter, shape = names[name], tensors.shape(key)
+            value = tensors.like(key, parameter) if shape == parameter.shape and shape else tensors[key]
+            if (shape or on_device) and not is_sharded(value):
+                value = value.to(parameter.device)
+            optimizer.state[parameter][state] = value.clone()  # what is read is the file itself, mapped into memory
 
 
-def load_model(module: torch.nn.Module, tensors: dict[str, Tensor], source: Path) -> None:
-    """Strict: raises CheckpointError naming keys that are missing, unexpected or of another shape."""
+def load_model(module: torch.nn.Module, tensors: Mapping[str, Tensor], source: Path) -> None:
+    """Strict: raises CheckpointError naming keys that are missing, unexpected or of another shape.
+
+    Of `TensorFiles` only what this rank holds is read.
+    """
     expected = module.state_dict()
-    problems = [f"missing {key}" for key in sorted(expected.keys() - tensors.keys())]
-    problems += [f"unexpected {key}" for key in sorted(tensors.keys() - expected.keys())]
+    lazy = tensors if isinstance(tensors, TensorFiles) else None
+    shapes = {key: lazy.shape(key) if lazy else tuple(tensors[key].shape) for key in tensors}
+    problems = [f"missing {key}" for key in sorted(expected.keys() - shapes.keys())]
+    problems += [f"unexpected {key}" for key in sorted(shapes.keys() - expected.keys())]
     problems += [
-        f"{key} is {tuple(tensors[key].shape)} instead of {tuple(value.shape)}"
+        f"{key} is {shapes[key]} instead of {tuple(value.shape)}"
         for key, value in expected.items()
-        if key in tensors and tensors[key].shape != value.shape
+        if key in shapes and shapes[key] != tuple(value.shape)
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -205,7 +275,13 @@ def load_model(module: torch.nn.Module, tensors: dict[str, Tensor], source: Path
             f"{source}: was written by another configuration: {'; '.join(problems[:5])}{more}. "
             "Use the configuration saved in it (config.yaml) or another run_dir."
         )
-    module.load_state_dict(tensors)
+    module.load_state_dict({key: lazy.like(key, value) if lazy else tensors[key] for key, value in expected.items()})
+
+
+def load_networks(module: torch.nn.Module, path: Path) -> None:
+    """`load_model` from a checkpoint."""
+    with _reading(path, "model"):
+        load_model(module, TensorFiles(path, "model"), path)
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -215,25 +291,12 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _read_json(path: Path) -> dict[str, Any]:
     file = path / "state.json"
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        data: Any = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise CheckpointError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(data, dict) or data.get("format") != FORMAT or not isinstance(data.get("files"), dict):
-        found = data.get("format") if isinstance(data, dict) else None
-        raise CheckpointError(f"{file}: not a checkpoint of format {FORMAT} (found {found})")
-    return data
-
-
-def _fingerprint(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    found = data.get("format") if isinstance(data, dict) else None
+    if found not in (FORMAT, SHARDED) or not isinstance(data.get("files"), dict):
+        raise CheckpointError(f"{file}: not a checkpoint of format {FORMAT} or {SHARDED} (found {found})")
+    return dict(data)

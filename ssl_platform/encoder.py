@@ -117,8 +117,8 @@ def _read_checkpoint(path: Path, network: str) -> tuple[EncoderConfig, dict[str,
         statistics=state.statistics,
     )
     prefix = f"networks.{network}."
-    tensors = checkpoint.read_tensors(path, "model")
-    return config, {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+    tensors = checkpoint.read_tensors(path, "model", prefix)
+    return config, {key.removeprefix(prefix): value for key, value in tensors.items()}
 
 
 def _read_export(path: Path, network: str) -> tuple[EncoderConfig, dict[str, Tensor]]:

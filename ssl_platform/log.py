@@ -1,5 +1,6 @@
 """What a run says: the logger, `metrics.jsonl`, TensorBoard, Weights & Biases, and events such as skipped steps."""
 
+import errno
 import importlib.util
 import json
 import logging
@@ -8,6 +9,7 @@ import os
 import sys
 import uuid
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -48,6 +50,14 @@ class _ToFile(logging.Filter):
         return not getattr(record, "names_samples", False)
 
 
+class _RankLog(logging.StreamHandler[IO[str]]):
+    """Is silent about a full disk, of which the terminal hears once and not with every line."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
 def open_rank_log(run_dir: Path) -> IO[str] | None:
     """From now on this rank also logs to `run_dir/logs/rank-N.log`, behind what earlier parts of the run left there.
 
@@ -63,7 +73,7 @@ def open_rank_log(run_dir: Path) -> IO[str] | None:
             distributed.rank(), path, error.strerror,
         )  # fmt: skip
         return None
-    handler = logging.StreamHandler(stream)
+    handler = _RankLog(stream)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
     level = logger.level
     for other in logger.handlers:
@@ -116,16 +126,22 @@ class Metrics:
         if not self.active:
             return line
         append_line(self.path, line)
-        for name, value in values.items():
-            if self.writer is not None:
-                self.writer.add_scalar(name, value, step)
+        try:
+            for name, value in values.items():
+                if self.writer is not None:
+                    self.writer.add_scalar(name, value, step)
+        except OSError as error:  # its thread has ended, and so does this part of TensorBoard's curves
+            logger.warning("no more is written for TensorBoard until the run is started again: %s", error)
+            self.writer = None
         if self.wandb is not None:
             self.wandb.log(line)
         return line
 
     def close(self) -> None:
+        warn_of_unwritten()
         if self.writer is not None:
-            self.writer.close()
+            with suppress(OSError):
+                self.writer.close()
         if self.wandb is not None:
             self.wandb.finish()
 
@@ -176,10 +192,46 @@ def start_wandb(
     return run
 
 
+_unwritten: dict[Path, list[str]] = {}
+_MAX_UNWRITTEN = 100_000
+
+
 def append_line(path: Path, item: dict[str, Any]) -> None:
-    """Appends one JSON object as a line, in one write, so that a killed run leaves no half of one."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(item) + "\n")
+    """Appends one JSON object as a line, in one write, so that a killed run leaves no half of one.
+
+    On a disk that is full or has become read-only the line is kept, and written with the next one that can be.
+    """
+    lines = _unwritten.pop(path, [])
+    text = "".join([*lines, json.dumps(item) + "\n"])
+    try:
+        _append(path, text.encode())
+    except OSError as error:
+        if not lines:
+            logger.warning("%s cannot be written (%s): its lines are kept until it can", path, error.strerror)
+        _unwritten[path] = text.splitlines(keepends=True)[-_MAX_UNWRITTEN:]
+
+
+def _append(path: Path, content: bytes) -> None:
+    """All or nothing."""
+    with path.open("ab", buffering=0) as file:
+        length = file.tell()
+        try:
+            if (written := file.write(content)) < len(content):
+                raise OSError(errno.ENOSPC, f"{os.strerror(errno.ENOSPC)}, {written} bytes of {len(content)} fit")
+        except OSError:
+            file.truncate(length)
+            raise
+
+
+def warn_of_unwritten() -> None:
+    """Says which lines are lost, at the end of a process."""
+    if lost := unwritten():
+        logger.warning("could not be written, and are lost: %s", lost)
+
+
+def unwritten() -> str:
+    """Which lines are still not written; they are lost if the process ends now."""
+    return ", ".join(f"{len(lines)} lines of {path}" for path, lines in _unwritten.items())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

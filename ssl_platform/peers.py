@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import IO, Any, Literal, NamedTuple
 
+import torch
 import torch.distributed as dist
 
 from ssl_platform import distributed
@@ -89,6 +90,14 @@ def is_of_a_collective(error: BaseException) -> bool:
     """Whether the network between ranks failed: gloo raises plain RuntimeErrors."""
     words = ("gloo", "pair closure", "Connection closed by peer", "NCCL")
     return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+    )
+
+
+def is_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: torch has an error of its own for CUDA's; the CPU's is a plain RuntimeError."""
+    words = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and any(word in str(error) for word in words)
     )
 

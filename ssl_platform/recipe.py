@@ -144,6 +144,8 @@ class Recipe(Config):
     keep_every: int | None = Field(None, ge=1)
     max_skipped_steps: int = Field(20, ge=0)
     """The run stops when more steps than this had losses or gradients that are not finite."""
+    max_failed_saves: int = Field(3, ge=0)
+    """A run whose checkpoint cannot be written, such as on a full disk, goes on; more than this many in a row stop it."""
     tensorboard: bool = True
     wandb: WandbConfig | None = None
     """Weights & Biases as well; it needs the package wandb."""

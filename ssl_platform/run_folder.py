@@ -20,7 +20,7 @@ from ssl_platform.modalities import Modality
 from ssl_platform.monitors import Monitor
 from ssl_platform.progress import Clock, StopFlag, duration
 from ssl_platform.recipe import Recipe
-from ssl_platform.sharding import sharded_as
+from ssl_platform.saving import Saver
 from ssl_platform.step import Parts, StepResult
 
 
@@ -40,34 +40,57 @@ class Run:
     metrics: Metrics
     stop: StopFlag
     monitor: Monitor
+    saver: Saver
 
 
 def save(run: Run, step: int) -> None:
-    """Writes a checkpoint of `step` finished steps from rank 0; the other ranks wait for it."""
+    """Begins a checkpoint of `step` finished steps, of which a thread writes a copy; waits for the one before it."""
     recipe, parts = run.recipe, run.parts
-    peers.at(step, "saving a checkpoint")
-    model = distributed.full(parts.student_teacher.state_dict())
-    moments = distributed.full(checkpoint.optimizer_tensors(parts.optimizer))
+    settle(run, step)
+    peers.at(step, "copying a checkpoint")
+    state = checkpoint.TrainState(
+        step=step,
+        batch_size=recipe.batch_size,
+        accumulate=recipe.accumulate,
+        world_size=distributed.world_size(),
+        seed=recipe.seed,
+        order=order_of(recipe, run.index),
+        optimizer=recipe.optim.name,
+        statistics=parts.statistics,
+        counters=dict(parts.counters),
+        bad_samples=sorted(parts.bad_samples),
+        versions={"ssl_platform": __version__, "torch": torch.__version__},
+    )
+    model, moments = parts.student_teacher.state_dict(), checkpoint.optimizer_tensors(parts.optimizer)
+    run.saver.begin(state, to_yaml(recipe), model, moments)
+
+
+def settle(run: Run, step: int, *, needed: bool = False) -> None:
+    """Waits for the save in flight, on all ranks together; the run goes on if it failed, unless it is `needed`.
+
+    Raises TrainingStopped then, and after more than `max_failed_saves` in a row.
+    """
+    peers.at(step, f"waiting for the checkpoint of step {run.saver.step}")
+    outcome = run.saver.take()
+    if outcome is None or not outcome.failure:
+        return
+    recipe, in_a_row = run.recipe, run.saver.in_a_row
+    told = f"the checkpoint of step {outcome.step} could not be written: {outcome.failure}"
     if distributed.rank() == 0:
-        state = checkpoint.TrainState(
-            step=step,
-            batch_size=recipe.batch_size,
-            accumulate=recipe.accumulate,
-            world_size=distributed.world_size(),
-            seed=recipe.seed,
-            order=order_of(recipe, run.index),
-            optimizer=recipe.optim.name,
-            statistics=parts.statistics,
-            counters=dict(parts.counters),
-            bad_samples=sorted(parts.bad_samples),
-            versions={"ssl_platform": __version__, "torch": torch.__version__},
+        event = {"step": step, "event": "save_failed", "saved_step": outcome.step, "reason": outcome.failure}
+        append_line(recipe.run_dir / "events.jsonl", event)
+    left = checkpoint.checkpoints(recipe.run_dir / "checkpoints")
+    newest = f"{left[-1].name} is the newest that is there" if left else "there is none yet"
+    if needed or in_a_row > recipe.max_failed_saves:
+        why = "" if needed else f" ({in_a_row} in a row, max_failed_saves={recipe.max_failed_saves})"
+        raise TrainingStopped(
+            f"step {step}: {told}{why}; {newest}. Once that is mended, the same command goes on from there"
         )
-        folder = recipe.run_dir / "checkpoints"
-        path = checkpoint.save(folder, state, to_yaml(recipe), model, moments)
-        checkpoint.prune(folder, recipe.keep_last, recipe.keep_every)
-        logger.info("saved %s", path)
-    peers.at(step, "waiting for the checkpoint of rank 0")
-    distributed.barrier()
+    logger.warning(
+        "step %d: %s; %s. The run goes on and tries again at step %d (failed %d in a row, max_failed_saves=%d)",
+        step, told, newest, min((step // recipe.save_every + 1) * recipe.save_every, recipe.steps), in_a_row,
+        recipe.max_failed_saves,
+    )  # fmt: skip
 
 
 class Found(NamedTuple):
@@ -122,12 +145,8 @@ def resume(found: Found | None, parts: Parts) -> int:
     if found is None:
         return 0
     path, state = found
-    weights, moments = (checkpoint.read_tensors(path, name) for name in ("model", "optimizer"))
-    held = parts.student_teacher.state_dict()
-    shards = {name: sharded_as(tensor, held.get(name)) for name, tensor in weights.items()}
-    checkpoint.load_model(parts.student_teacher, shards, path)
-    moments = {name: sharded_as(tensor, held.get(name.rpartition("/")[0])) for name, tensor in moments.items()}
-    checkpoint.load_optimizer_tensors(parts.optimizer, moments)
+    checkpoint.load_networks(parts.student_teacher, path)
+    checkpoint.load_optimizer(parts.optimizer, path)
     parts.counters.update(state.counters)
     parts.bad_samples.update(state.bad_samples)
     if state.world_size != distributed.world_size():
@@ -146,40 +165,6 @@ def _newest(folder: Path) -> Path | checkpoint.CheckpointError | None:
     if path is not None:
         checkpoint.set_aside_newer(path)
     return path
-
-
-def keep_count(recipe: Recipe, parts: Parts, result: StepResult, step: int) -> None:
-    """Counts and records skipped steps and replaced samples of all ranks; stops the run when they are too many."""
-    parts.counters["filtered_samples"] += result.filtered
-    if not distributed.any_rank(bool(result.skipped or result.replaced)):
-        return
-    reports = distributed.gather_objects((result.keys, result.replaced))
-    replaced = [line for _, lines in reports for line in lines]
-    keys = {rank: keys for rank, (keys, _) in enumerate(reports) if keys}
-    parts.counters["skipped_steps"] += result.skipped
-    parts.counters["replaced_samples"] += len(replaced)
-    parts.bad_samples.update(replaced)
-    if distributed.rank() == 0:
-        events = recipe.run_dir / "events.jsonl"
-        if result.skipped:
-            append_line(events, {"step": step, "event": "not_finite", "keys_by_rank": keys})
-            text = "step %d skipped: loss or gradients not finite; keys by rank: %s"
-            logger.warning(text, step, keys, extra={"names_samples": True})
-        for line in replaced:
-            append_line(events, {"step": step, "event": "replaced_sample", "sample": line})
-            logger.warning("bad sample replaced: %s", line, extra={"names_samples": True})
-    if parts.counters["skipped_steps"] > recipe.max_skipped_steps:
-        raise TrainingStopped(
-            f"step {step}: {parts.counters['skipped_steps']} steps were not finite, more than max_skipped_steps="
-            f"{recipe.max_skipped_steps}; see {recipe.run_dir / 'events.jsonl'}. Try a lower optim.lr, a longer warm-up"
-            f"{'' if recipe.precision == 'fp32' else ' or precision=fp32'}, and look at the samples whose keys are listed "
-            "there."
-        )
-    if len(parts.bad_samples) > recipe.data.max_bad_samples:
-        raise TrainingStopped(
-            f"step {step}: {len(parts.bad_samples)} samples could not be used, more than "
-            f"data.max_bad_samples={recipe.data.max_bad_samples}; see {recipe.run_dir / 'events.jsonl'}"
-        )
 
 
 def report(run: Run, result: StepResult, clock: Clock, step: int, active: Sequence[str]) -> None:

@@ -1,6 +1,7 @@
 """The parts of a run that have state, and one optimiser step over them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,18 +96,36 @@ class StepResult:
     keys: list[str]
     replaced: list[str]
     filtered: int
-    """Of all ranks, as are `skipped` and `stopping`, whether a signal asked any of them to stop."""
+    """Of all ranks, as are `skipped`, `stopping`, whether a signal asked any of them to stop, and `saved`."""
     skipped: bool
     stopping: bool = False
+    saved: bool = False
+    """Whether a save in flight has ended."""
+
+
+class OutOfMemory(Exception):
+    """A step did not fit into the memory of this rank's device."""
+
+    def __init__(self, error: BaseException, keys: list[str]) -> None:
+        first = str(error).partition("\n")[0].partition(" Of the allocated memory")[0]
+        super().__init__(first.rstrip(".") or type(error).__name__)
+        self.keys = keys
+        """Of the micro-batch."""
 
 
 def train_step(
-    parts: Parts, batches: Iterator[Batch], step: int, active: Sequence[str], stop: object = None
+    parts: Parts,
+    batches: Iterator[Batch],
+    step: int,
+    active: Sequence[str],
+    stop: object = None,
+    saved: Callable[[], bool] = bool,
 ) -> StepResult:
     """One optimiser step over `accumulate` micro-batches.
 
     A step whose loss or gradients are not finite on any rank is skipped on all: no parameter, average or objective
-    state changes. `stop` is a StopFlag: true once a signal came.
+    state changes. `stop` is a StopFlag: true once a signal came; `saved` says the same of the end of a save in flight.
+    Raises OutOfMemory with the keys of the batch.
     """
     optim.set_step(
         parts.optimizer,
@@ -115,39 +134,64 @@ def train_step(
         weight_decay=parts.weight_decay(step),
         freeze_last_layer=step < parts.freeze_last_layer_steps,
     )
-    outputs, keys, replaced, filtered = [], [], [], 0
+    outputs, keys, replaced, filtered = [], [], [], 0  # keys by micro-batch
     for micro_step in range(parts.accumulate):
         peers.at(step + 1, "reading a batch")
         batch = next(batches).to(parts.device)
         torch.manual_seed(model_seed(parts.seed, step, micro_step, distributed.rank()))
-        with distributed.no_sync(parts.module, micro_step < parts.accumulate - 1):
+        keys.append(batch.keys)
+        with _memory_told(batch.keys), distributed.no_sync(parts.module, micro_step < parts.accumulate - 1):
             peers.at(step + 1, "the forward pass")
             with stragglers.working(parts.device):
                 output = parts.module(batch, step, active)
             peers.at(step + 1, "the backward pass")
             (output.loss / parts.accumulate).backward()
         outputs.append(output)
-        keys += batch.keys
         replaced += batch.replaced
         filtered += batch.filtered
     peers.at(step + 1, "agreeing on the step")
     grad_norms = optim.clip_gradients(parts.trained, parts.clip_grad)
-    loss = torch.stack([output.loss.detach() for output in outputs]).mean()
+    losses = torch.stack([output.loss.detach() for output in outputs])
+    loss = losses.mean()
     # The step's one wait for the device: what follows must not happen before every rank knows.
     finite = bool(torch.isfinite(torch.stack([loss, *(norm.to(loss.device) for norm in grad_norms.values())])).all())
-    mine = torch.tensor([not finite, bool(stop), filtered], dtype=torch.float64)
-    skipped, stopping, filtered = map(int, distributed.total(mine).tolist())  # one collective for all three
+    bad = (~torch.isfinite(losses)).tolist() if not finite else []
+    mine = torch.tensor([not finite, any(bad), bool(stop), saved(), filtered], dtype=torch.float64)
+    # One collective for all.
+    skipped, num_bad, stopping, has_saved, filtered = map(int, distributed.total(mine).tolist())
     peers.at(step + 1, "updating the networks")
     if not skipped:
-        parts.optimizer.step()
+        with _memory_told([key for some in keys for key in some]):
+            parts.optimizer.step()
         parts.student_teacher.update(step)
         parts.student_teacher.commit(step, [output.pending for output in outputs])
     parts.optimizer.zero_grad()
     terms, step_metrics = _mean([o.terms for o in outputs]), _mean([o.metrics for o in outputs], skip_nan=True)
-    bad_keys = keys if not finite else []
+    # Gradients have been averaged: after a loss of one rank that is not finite they are finite on none.
+    blamed = bad if num_bad else [True] * len(keys)
+    bad_keys = [key for some, is_bad in zip(keys, blamed, strict=False) if is_bad for key in some] if skipped else []
     return StepResult(
-        loss, terms, step_metrics, grad_norms, bad_keys, replaced, filtered, bool(skipped), bool(stopping)
+        loss,
+        terms,
+        step_metrics,
+        grad_norms,
+        bad_keys,
+        replaced,
+        filtered,
+        bool(skipped),
+        bool(stopping),
+        bool(has_saved),
     )
+
+
+@contextmanager
+def _memory_told(keys: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if peers.is_of_memory(error):
+            raise OutOfMemory(error, keys) from error
+        raise
 
 
 def model_seed(seed: int, step: int, micro_step: int, rank: int) -> int:

@@ -24,17 +24,19 @@ from ssl_platform.data.reading import BadSampleError
 from ssl_platform.data.shards import modality_of_step, train_batches
 from ssl_platform.init_report import write_reports
 from ssl_platform.initialise import Initialiser
-from ssl_platform.log import Metrics, cut_back, logger, open_rank_log, set_up_logging, to_rank_log
+from ssl_platform.log import Metrics, cut_back, logger, open_rank_log, set_up_logging, to_rank_log, warn_of_unwritten
+from ssl_platform.mishaps import keep_count, out_of_memory
 from ssl_platform.modalities import Modality
 from ssl_platform.monitors import Monitor
 from ssl_platform.optim import peak, peak_rates
 from ssl_platform.progress import Clock, StopFlag
 from ssl_platform.recipe import Recipe, build_modality, load_recipe, open_index, open_order
 from ssl_platform.recipe_checks import doubtful
-from ssl_platform.run_folder import Run, TrainingStopped, find, keep_count, report, resume, save, wandb_arguments
+from ssl_platform.run_folder import Run, TrainingStopped, find, report, resume, save, settle, wandb_arguments
+from ssl_platform.saving import Saver
 from ssl_platform.stages import StageContext
 from ssl_platform.stages._plan import Stage, begin_stage, stage_plan
-from ssl_platform.step import build, train_step
+from ssl_platform.step import OutOfMemory, build, train_step
 from ssl_platform.views import Batch
 
 # -- configuration -----------------------------------------------------------------------------------------------------
@@ -110,6 +112,7 @@ keys: docs/configuration.md""",
         ConfigError, checkpoint.CheckpointError, run_lock.RunLocked, TrainingStopped, BadSampleError, OSError
     ) as error:  # fmt: skip
         peers.ends_with(error)
+        warn_of_unwritten()
         logger.error("%s", error)
         peers.leave(1)
         return 1
@@ -174,7 +177,10 @@ def train(recipe: Recipe, device: torch.device) -> None:
         write_reports(recipe.run_dir, fill.reports if fill else [])
         cut_back(recipe.run_dir / "events.jsonl", step)
     metrics = Metrics(recipe.run_dir, step, recipe.tensorboard, wandb_arguments(recipe))
-    run = Run(recipe, index, order, modality, parts, metrics, StopFlag(), Monitor(recipe, parts))
+    saver = Saver(
+        recipe.run_dir / "checkpoints", recipe.keep_last, recipe.keep_every, 60 * recipe.collective_timeout_minutes
+    )
+    run = Run(recipe, index, order, modality, parts, metrics, StopFlag(), Monitor(recipe, parts), saver)
     say_what_begins(run, device)
     if step == recipe.steps:
         logger.info("%s: all %d steps are done", recipe.run_dir, step)
@@ -187,7 +193,7 @@ def train(recipe: Recipe, device: torch.device) -> None:
         )
         peers.begin(step + 1, f"preparing stage {stage.name}")
         prepared = begin_stage(stage, context, resumed=step > stage.begin)
-        with closing(stage_batches(stage, recipe, index, order, modality, step, prepared)) as batches:
+        with saver.finished(), closing(stage_batches(stage, recipe, index, order, modality, step, prepared)) as batches:
             step, stopping = run_stage(run, stage, batches, step)
         if stopping:
             name = run.stop.name or "a signal to another rank"
@@ -254,16 +260,22 @@ def run_stage(run: Run, stage: Stage, batches: Iterator[Batch], step: int) -> tu
     clock = Clock(recipe.batch_size)
     stopping = False
     while step < stage.end and not stopping:
-        with monitor.watching(step, active):
-            result = train_step(parts, clock.waiting(batches), step, active, run.stop)
+        try:
+            with monitor.watching(step, active):
+                result = train_step(parts, clock.waiting(batches), step, active, run.stop, run.saver.has_ended)
+        except OutOfMemory as error:
+            raise out_of_memory(run, step + 1, error) from error
         monitor.keep(result.skipped)
         step, stopping = step + 1, result.stopping  # agreed between ranks; the flag itself may differ
         clock.steps += 1
         keep_count(recipe, parts, result, step)
+        if result.saved:
+            settle(run, step)
         if step % recipe.log_every == 0 or step == recipe.steps:
             report(run, result, clock, step, active)
         if step % recipe.save_every == 0 or step == recipe.steps or stopping:
             save(run, step)
+    settle(run, step, needed=stopping or step == recipe.steps)
     return step, stopping
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -80,23 +80,22 @@ def _from_folder(path: Path, network: str | None) -> Weights:
         except CheckpointError as error:
             raise ValueError(str(error)) from error
         if found is not None:
-            path, file = found, found / "model.safetensors"
-    name = network or "teacher"
+            path = found
+    name, is_export = network or "teacher", (path / "config.json").is_file()
     encoder = Encoder.load(path, network=name)
     origin = f"{path} (network {name} after {encoder.config.step} steps)"
-    heads = {} if (path / "config.json").is_file() else _heads_of(file, name)
-    weights = _of_module(encoder.network, origin, sha256(file))
+    weights = _of_module(encoder.network, origin, sha256(file) if is_export else checkpoint.digest(path))
+    heads = {} if is_export else _heads_of(path, name)
     return weights._replace(heads=heads, normalization=normalization_of(encoder.modality.description()))
 
 
-def _heads_of(file: Path, network: str) -> dict[str, dict[str, Tensor]]:
-    """{head: tensors} of a network in a checkpoint's model.safetensors, which names them heads.HEAD.NETWORK.KEY."""
+def _heads_of(path: Path, network: str) -> dict[str, dict[str, Tensor]]:
+    """{head: tensors} of a network in a checkpoint, which names them heads.HEAD.NETWORK.KEY."""
     heads: dict[str, dict[str, Tensor]] = {}
-    with safe_open(file, "pt") as tensors:
-        for key in tensors.keys():  # noqa: SIM118  # a file of safetensors is no dict
-            section, *rest = key.split(".", 3)
-            if section == "heads" and rest[1] == network:
-                heads.setdefault(rest[0], {})[rest[2]] = tensors.get_tensor(key)
+    for key, tensor in checkpoint.read_tensors(path, "model", "heads.").items():
+        _, head, owner, name = key.split(".", 3)
+        if owner == network:
+            heads.setdefault(head, {})[name] = tensor
     return heads
 
 

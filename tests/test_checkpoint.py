@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ssl_platform import checkpoint
+from ssl_platform import checkpoint, tensor_files
 from ssl_platform.checkpoint import CheckpointError, TrainState
 from ssl_platform.log import cut_back, read_lines
 from ssl_platform.run_lock import RunLocked, lock, locked
@@ -65,7 +65,7 @@ def test_foreign_folders(tmp_path: Path) -> None:
     foreign = tmp_path / "step_00000003"
     foreign.mkdir()
     (foreign / "state.json").write_text(json.dumps({"format": 99}))
-    with pytest.raises(CheckpointError, match="not a checkpoint of format 1"):
+    with pytest.raises(CheckpointError, match="not a checkpoint of format 1 or 2"):
         checkpoint.latest(tmp_path)
     assert checkpoint.latest(tmp_path / "nothing") is None
     (tmp_path / ".step_00000009.part").mkdir()  # what a killed save leaves
@@ -88,7 +88,7 @@ def test_a_failed_save_leaves_the_old_ones(tmp_path: Path, monkeypatch: pytest.M
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path, 10)
     assert checkpoint.latest(tmp_path) == good
@@ -113,16 +113,19 @@ def test_another_configuration_is_named(tmp_path: Path) -> None:
         assert words in str(caught.value)
 
 
-def test_optimizer_state_by_name() -> None:
+def test_optimizer_state_by_name(tmp_path: Path) -> None:
     first, second = engine.parts(), engine.parts()
     train_step(first, iter([engine.batch()]), 0, ["dino"])
     tensors = checkpoint.optimizer_tensors(first.optimizer)
     assert "networks.student.cls_token/exp_avg_sq" in tensors
-    checkpoint.load_optimizer_tensors(second.optimizer, tensors)
+    state = TrainState(step=1, batch_size=4, accumulate=1, world_size=1, seed=0)
+    checkpoint.load_optimizer(second.optimizer, checkpoint.save(tmp_path, state, "", {}, tensors))
     again = checkpoint.optimizer_tensors(second.optimizer)
     assert again.keys() == tensors.keys() and all(torch.equal(again[key], value) for key, value in tensors.items())
     with pytest.raises(CheckpointError, match="parameters this configuration has not"):
-        checkpoint.load_optimizer_tensors(second.optimizer, {"other/exp_avg": torch.zeros(1)})
+        checkpoint.load_optimizer(
+            second.optimizer, checkpoint.save(tmp_path, state, "", {}, {"other/exp_avg": torch.zeros(1)})
+        )
 
 
 def test_no_pickle_is_ever_written(tmp_path: Path) -> None:

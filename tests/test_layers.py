@@ -9,15 +9,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     {"config", "distributed", "sharding", "blocks", "location", "optional", "plain_yaml"},
-    {"log", "optim", "views", "patch_embed", "progress", "peers", "stragglers", "costs"},
-    {"masks", "backbones", "heads", "checkpoint", "run_lock"},
+    {"log", "optim", "views", "patch_embed", "progress", "peers", "stragglers", "costs", "tensor_files"},
+    {"masks", "backbones", "heads", "checkpoint", "run_lock", "saving"},
     {"modalities"},
     {"objectives", "data"},
     {"student_teacher"},
     {"recipe", "recipe_checks"},
     {"stages", "step", "flops", "health", "health_facts"},
     {"monitors", "dry_run", "live_bytes"},
-    {"run_folder", "estimate", "encoder", "show_views", "weights", "initialise", "init_report"},
+    {"run_folder", "estimate", "encoder", "show_views", "weights", "initialise", "init_report", "mishaps"},
     {"train", "export"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}

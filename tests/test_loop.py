@@ -12,11 +12,12 @@ import torch
 from ssl_platform import distributed
 from ssl_platform.data.order import Order
 from ssl_platform.log import Metrics
+from ssl_platform.mishaps import keep_count
 from ssl_platform.monitors import Monitor
 from ssl_platform.objectives._targets import Centering, Sinkhorn
 from ssl_platform.objectives.koleo import koleo
 from ssl_platform.progress import Clock
-from ssl_platform.run_folder import Run, TrainingStopped, keep_count, report
+from ssl_platform.run_folder import Run, TrainingStopped, report
 from ssl_platform.step import StepResult, model_seed, train_step
 from tests import engine
 from tests.ranks import run_ranks
@@ -150,7 +151,7 @@ def metrics_with_masks_on_one_rank_only(folder: str) -> dict[str, float | None]:
     metrics, monitor = Metrics(Path(folder), 0, tensorboard=False), Monitor(recipe, parts)
     order = Order.of_shards([8], 0, 1)
     unused: Any = None
-    report(Run(recipe, unused, order, unused, parts, metrics, unused, monitor), result, Clock(4), 1, ALL)
+    report(Run(recipe, unused, order, unused, parts, metrics, unused, monitor, unused), result, Clock(4), 1, ALL)
     distributed.barrier()
     line: dict[str, float | None] = json.loads((Path(folder) / "metrics.jsonl").read_text())
     return line | {"mine": result.metrics["ibot_kl"].item()}
@@ -183,6 +184,7 @@ def test_ranks_skip_together() -> None:
     results = run_ranks(2, bad_on_rank_one)
     assert [(skipped, same) for skipped, same, _ in results] == [(True, True), (True, True)]
     assert results[1][2] == ["sample1-0", "sample1-1", "sample1-2", "sample1-3"]
+    assert results[0][2] == [], "its gradients are not finite either, but its loss is"
 
 
 def test_skipped_steps_are_counted_recorded_and_limited(tmp_path: Path) -> None:
