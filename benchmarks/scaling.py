@@ -16,7 +16,7 @@ import torch
 from ssl_platform import costs
 from ssl_platform.config import validate
 from ssl_platform.dry_run import StepFacts
-from ssl_platform.estimate import calculate, memories, random_batch, readable, traffics, way_of
+from ssl_platform.estimate import calculate, memories, random_batch, readable, traffics
 from ssl_platform.recipe import Recipe
 from ssl_platform.step import build, train_step
 
@@ -132,7 +132,6 @@ def run_rows(name: str, step: StepFacts) -> list[list[str]]:
 def page(measured: str) -> str:
     """The whole document; `measured` is the table of `--memory`, kept from when it was measured."""
     steps = {name: facts(name) for name in MODELS}
-    others = way_of(recipe("ViT-S/16", BATCH))[1]
     mfu = f"{costs.Assumptions(gpus=1).mfu:.0%} MFU (assumed)"
     flops = table(
         ["model", "trained", "a sample", *steps["ViT-S/16"].flops_by_part],
@@ -168,7 +167,6 @@ path leaves out do not count. Recomputing blocks would add up to a third of the 
 
 The parts, in GB: weights with gradients and AdamW's moments; teacher; activations; blocks gathered from shards.
 "Recomputed": blocks keep their input only. Attention is torch's fused kernel, which keeps no N x N matrix.
-{others}.
 
 {memory}
 The calculation against the peak of real steps on the CPU (`python benchmarks/scaling.py --memory`; fp32, 8,192

@@ -1,7 +1,7 @@
 """Processes that train together: start and stop, and collectives that are identities for one process alone."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
@@ -261,16 +261,6 @@ def no_sync(module: nn.Module, wanted: bool) -> Iterator[None]:
         sharding.average_gradients(module, not wanted)
     with module.no_sync() if wanted and isinstance(module, DistributedDataParallel) else nullcontext():
         yield
-
-
-def full(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """On rank 0 the tensors, put together of their shards and on the CPU if in shards; nothing elsewhere. All must ask."""
-    kept = {}
-    for name, tensor in tensors.items():
-        together = sharding.whole(tensor)
-        if rank() == 0:
-            kept[name] = together if together is tensor else together.cpu()
-    return kept
 
 
 def any_rank(flag: bool) -> bool:

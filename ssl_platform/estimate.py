@@ -114,12 +114,10 @@ def calculate(recipe: Recipe, modality: Modality, gpus: int) -> StepFacts:
 COPIES, SHARDS, RECOMPUTED = "one copy a GPU", "FSDP2", ", blocks recomputed"
 
 
-def way_of(recipe: Recipe) -> tuple[str, str]:
-    """(the row of `memories` that is this recipe's own, what to say of the others): all that reads how a run is spread."""
-    return COPIES, (
-        "FSDP2 (parallel.method: fsdp) and recomputed blocks (recompute: true) are not in this version: their rows say "
-        "what they would take"
-    )
+def way_of(recipe: Recipe, gpus: int) -> str:
+    """The row of `memories` that is this recipe's own."""
+    sharded = recipe.parallel.method == "fsdp" and gpus > 1
+    return (SHARDS if sharded else COPIES) + RECOMPUTED * recipe.recompute
 
 
 def memories(facts: StepFacts, gpus: int, replicas: int = 1) -> dict[str, costs.Memory]:
@@ -161,7 +159,7 @@ def costs_report(recipe: Recipe, assumed: costs.Assumptions, facts: StepFacts, s
     gpu, size = costs.GPUS[assumed.gpu], recipe.batch_size // (assumed.gpus * recipe.accumulate)
     flops = facts.flops * recipe.accumulate
     peak = gpu.bf16 if recipe.precision == "bf16" else gpu.fp32
-    sent = traffics(recipe, facts, assumed.gpus)
+    sent = traffics(recipe, facts, assumed.gpus, recipe.parallel.replicas)
     times = {
         way: costs.step_time(flops=flops, peak=peak, mfu=assumed.mfu, sent=each.total, link=assumed.link)
         for way, each in sent.items()
@@ -177,14 +175,14 @@ def costs_report(recipe: Recipe, assumed: costs.Assumptions, facts: StepFacts, s
         "(matrix products, forward and backward)",
     }
     lines |= {f"  {part}": f"{readable(value / size, 'FLOP')} a sample" for part, value in facts.flops_by_part.items()}
-    own, others = way_of(recipe)
-    for way, each in memories(facts, assumed.gpus).items():
+    own = way_of(recipe, assumed.gpus)
+    for way, each in memories(facts, assumed.gpus, recipe.parallel.replicas).items():
         fits = "fits" if each.total < gpu.memory else "DOES NOT FIT"
         parts = ", ".join(f"{name} {readable(value, 'B')}" for name, value in each._asdict().items() if value)
         lines[f"memory, {way}{' (this recipe)' * (way == own)}"] = (
             f"{readable(each.total, 'B')} of {readable(gpu.memory, 'B')}: {fits} ({parts})"
         )
-    lines |= {"other rows": others, "memory's error": MEMORY_ERROR}
+    lines["memory's error"] = MEMORY_ERROR
     for way, traffic in sent.items() if assumed.gpus > 1 else ():
         lines[f"sent, {way}"] = (
             f"{readable(traffic.total, 'B')} a step and GPU (gradients {readable(traffic.gradients, 'B')}, weights "

@@ -15,7 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
 from ssl_platform.blocks import blocks_of
 from ssl_platform.config import Config
@@ -97,21 +97,9 @@ def average_gradients(root: nn.Module, wanted: bool) -> None:
 # -- tensors in shards -------------------------------------------------------------------------------------------------
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor put together of its shards, itself if it is not in shards; every rank must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard, which shares its memory; the tensor itself if it is not in shards."""
     return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_as(tensor: Tensor, like: Tensor | None) -> Tensor:
-    """`tensor`, whole on every rank, in shards as `like`; itself if `like` is not in shards."""
-    if not isinstance(like, DTensor) or tensor.shape != like.shape:  # step counts, or what `load_model` will refuse
-        return tensor
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
 def whole_norms(norms: Sequence[Tensor], like: Tensor | None) -> Sequence[Tensor]:

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from ssl_platform import distributed
-from ssl_platform.sharding import whole
 from ssl_platform.step import train_step
 from ssl_platform.views import Batch
 from tests import engine
@@ -30,6 +30,11 @@ ACTIVE: Sequence[Sequence[str]] = (
     ("koleo", "anchor"),  # the heads get no gradient
     ("dino", "ibot", "koleo", "anchor"),
 )
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The tensor put together of its shards; every rank must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def settings(**changes: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Blocks one by one: recomputed bit by bit, compiled once, in bf16 with float32 around; names stay as they are."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -11,12 +12,14 @@ from torch import Tensor, nn
 from ssl_platform import distributed
 from ssl_platform import step as step_module
 from ssl_platform.backbones import Input, _blocks
+from ssl_platform.backbones._attention import Backend, Heads
+from ssl_platform.backbones._rope import Rotation
 from ssl_platform.blocks import blocks_of, compile_blocks, recompute_blocks
 from ssl_platform.config import ConfigError
 from ssl_platform.step import train_step
 from ssl_platform.student_teacher import StudentTeacher
 from tests import engine
-from tests.courses import ACTIVE, VIT, assert_equal, batch, course, settings
+from tests.courses import ACTIVE, NETWORKS, VIT, assert_equal, batch, course, settings
 from tests.ranks import run_ranks
 
 DROPPED: dict[str, Any] = {
@@ -59,17 +62,37 @@ def test_only_trained_blocks_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[bool] = []
     attention = _blocks.attention
 
-    def counted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        calls.append(q.requires_grad)
-        return attention(q, k, v)
+    def counted(groups: Sequence[Heads], backend: Backend) -> list[Tensor]:
+        calls.append(groups[0].q.requires_grad)
+        return attention(groups, backend)
 
     monkeypatch.setattr(_blocks, "attention", counted)
     for recompute in (False, True):
         calls.clear()
         parts = engine.parts(**settings(**DROPPED, recompute=recompute))
         train_step(parts, iter([batch(0)]), 0, ACTIVE[0])
-        assert sum(calls) == 4 * 2 * (1 + recompute), "four blocks of the student, two resolutions"
+        assert sum(calls) == 4 * (1 + recompute), "four blocks of the student"
         assert calls.count(False) == 4 * 2, "four blocks of teacher and frozen network"
+
+
+def test_rotations_stay_float32_in_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FSDP2 rounds what a block is given to bf16: views and features, but not the angles of RoPE."""
+    found: list[torch.dtype] = []
+    rotate = _blocks.rotate
+
+    def seen(x: Tensor, by: Rotation) -> Tensor:
+        found.extend((x.dtype, by.cos.dtype, by.sin.dtype))
+        return rotate(x, by)
+
+    monkeypatch.setattr(_blocks, "rotate", seen)
+    student = {"backbone": VIT | {"position": {"kind": "rope"}}}
+    networks = NETWORKS | {"student": student}
+    try:
+        parts = engine.parts(**settings(networks=networks, **FSDP, **BF16))
+        train_step(parts, iter([batch(0)]), 0, ["dino"])
+    finally:
+        distributed.stop()
+    assert set(found[::3]) == {torch.bfloat16} and set(found[1::3] + found[2::3]) == {torch.float32}
 
 
 def test_names_stay() -> None:

@@ -241,7 +241,7 @@ def test_bad_anchors(text: str, message: str, tmp_path: Path) -> None:
 
 
 def test_plugins_by_folder_and_by_dotted_path() -> None:
-    assert plugin_names("ssl_platform.objectives") == ["anchor", "dino", "gram", "ibot", "koleo"]
+    assert plugin_names("ssl_platform.objectives") == ["anchor", "dino", "distill", "gram", "ibot", "koleo"]
     assert plugin_class("ssl_platform.modalities", "tests.probes.toy").__module__ == "tests.probes.toy"
     for name, message in (("tests.nothing", "no module"), ("tests.engine", "has no class 'Config'")):
         with pytest.raises(ValueError, match=message):

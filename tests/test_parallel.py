@@ -15,11 +15,11 @@ from ssl_platform import distributed, stragglers
 from ssl_platform.backbones import Input
 from ssl_platform.config import ConfigError
 from ssl_platform.recipe import load_recipe
-from ssl_platform.sharding import local, whole
+from ssl_platform.sharding import local
 from ssl_platform.step import train_step
 from ssl_platform.train import train
 from tests import engine
-from tests.courses import ACTIVE, assert_equal, batch, course, settings
+from tests.courses import ACTIVE, assert_equal, batch, course, settings, whole
 from tests.ranks import run_ranks
 
 FSDP: dict[str, Any] = {"parallel": {"method": "fsdp"}}

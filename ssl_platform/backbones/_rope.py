@@ -23,12 +23,12 @@ class Rope(NamedTuple):
     rescale: float = 1.0
 
 
-class Rotation(NamedTuple):
-    """By what the tokens of a group are turned; float32 at least."""
+class Rotation:
+    """By what the tokens of a group are turned; no tuple or dataclass, whose tensors FSDP2 would round to bf16."""
 
-    cos: Tensor
-    """(1 or rows, tokens, 1, 1, head_dim / 2)"""
-    sin: Tensor
+    def __init__(self, cos: Tensor, sin: Tensor) -> None:
+        """`cos` and `sin` are (1 or rows, tokens, 1, 1, head_dim / 2), of float32 at least."""
+        self.cos, self.sin = cos, sin
 
 
 def check_rope(grid: tuple[int, ...] | None, head_dim: int) -> None:
