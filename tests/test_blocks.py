@@ -260,7 +260,12 @@ def assert_compiled_once(found: tuple[dict[str, Any], dict[str, Any], list[int]]
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"recompute": True}, {"recompute": True} | BF16], ids=["", "recompute", "bf16"]
+    "changes",
+    [
+        pytest.param({}, id="", marks=pytest.mark.slow),
+        pytest.param({"recompute": True}, id="recompute"),
+        pytest.param({"recompute": True} | BF16, id="bf16", marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_blocks_give_the_same_and_are_compiled_once(changes: dict[str, Any]) -> None:
     """Four blocks with masks, each with another share of dropped rows; traced, with kernels as they are."""

@@ -16,7 +16,7 @@ from PIL import Image as PillowImage
 
 from ssl_platform.config import ConfigError, to_yaml, validate
 from ssl_platform.modalities import _image_augmentations as augmentations
-from ssl_platform.modalities import image, pathology
+from ssl_platform.modalities import GroupSpec, image, pathology
 
 TINY = {"patch_size": 4, "crops": {"global": {"size": 8}, "local": {"size": 4}}}
 PLAIN = {
@@ -267,7 +267,7 @@ def test_groups_shapes_and_sources() -> None:
     }  # fmt: skip
     assert [views.source.tolist() for views in groups.values()] == [[0, 1], list(range(2, 10)), [10]]
     assert all(views.views.dtype == torch.float32 and views.views.isfinite().all() for views in groups.values())
-    assert modality.groups["local"] == (8, (3, 96, 96), (6, 6))
+    assert modality.groups["local"] == GroupSpec(8, (3, 96, 96), (6, 6))
 
 
 def test_views_are_a_function_of_the_generator_alone() -> None:

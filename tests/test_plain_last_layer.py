@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ssl_platform.config import validate
 from ssl_platform.heads.projection import Config, ProjectionHead
-from ssl_platform.objectives._targets import Centering, Sinkhorn, cross_entropy, entropy
+from ssl_platform.objectives._cross_entropy import cross_entropy, entropy
+from ssl_platform.objectives._targets import Centering, Sinkhorn
 from ssl_platform.optim import parameter_rule
 from tests.test_targets import log_domain_sinkhorn
 

@@ -57,6 +57,8 @@ class Trouble(Objective):
         return Loss({"loss": torch.zeros(())})
 
     def begin(self) -> None:
+        if self.config.folder is not None:
+            _wait_for_save(self.config.folder, self.step - 1)
         match self.kind:
             case "raise":
                 raise ValueError("told to raise")
@@ -92,6 +94,14 @@ class Trouble(Objective):
                 subprocess.run(["umount", "-l", str(self.config.folder)], check=True)
             case "small files":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def _wait_for_save(folder: Path, step: int) -> None:
+    """So that trouble with the disk begins between two saves, and not in the one of the step before."""
+    deadline = time.monotonic() + 60
+    while not any(folder.rglob(f"step_{step:08d}")):
+        assert time.monotonic() < deadline, "a save does not end"
+        time.sleep(0.05)
 
 
 def _meddle(config: Config) -> None:
