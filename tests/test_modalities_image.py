@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image as PillowImage
 
 from ssl_platform.config import ConfigError, to_yaml, validate
-from ssl_platform.modalities import _image_augmentations as augmentations
 from ssl_platform.modalities import GroupSpec, image, pathology
+from ssl_platform.modalities import _image_augmentations as augmentations
 
 TINY = {"patch_size": 4, "crops": {"global": {"size": 8}, "local": {"size": 4}}}
 PLAIN = {
