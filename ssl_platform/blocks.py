@@ -5,7 +5,6 @@ from types import MethodType
 from typing import Any
 
 import torch
-import torch._dynamo
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -63,6 +62,8 @@ def compile_blocks(networks: Iterable[nn.Module], backend: str = "inductor") -> 
     blocks = [block for network in networks for block in blocks_of(network)]
     if not blocks:
         raise ConfigError(["compile: no network has `blocks` that could be compiled one by one; leave it out"])
-    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, VARIANTS)
+    from torch._dynamo import config  # takes seconds
+
+    config.recompile_limit = max(config.recompile_limit, VARIANTS)
     for block in blocks:
         block.forward = torch.compile(block.forward, backend=backend)

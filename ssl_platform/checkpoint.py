@@ -21,7 +21,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ssl_platform.log import logger
-from ssl_platform.tensor_files import INDEX, TensorFiles, file_name, fingerprint, flush, is_sharded, write
+from ssl_platform.sharding import is_sharded
+from ssl_platform.tensor_files import INDEX, TensorFiles, file_name, fingerprint, flush, write
 
 FORMAT, SHARDED = 1, 2
 _NAME = re.compile(r"step_(\d{8,})")

@@ -4,18 +4,19 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_platform import sharding
 from ssl_platform.sharding import ParallelConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 
 def environment_world_size() -> int:
@@ -239,8 +240,10 @@ def wrap(
     )
 
 
-def _mesh(device: torch.device, replicas: int, timeout: timedelta) -> DeviceMesh:
+def _mesh(device: torch.device, replicas: int, timeout: timedelta) -> "DeviceMesh":
     """All ranks in `replicas` rows, along which parameters are in shards; neighbouring ranks are in one row."""
+    from torch.distributed.device_mesh import DeviceMesh
+
     if not dist.is_initialized():  # one process without a launcher
         backend, own = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", torch._C._distributed_c10d.HashStore()
         dist.init_process_group(backend, store=own, rank=0, world_size=1, timeout=timeout)
@@ -257,7 +260,7 @@ def _mesh(device: torch.device, replicas: int, timeout: timedelta) -> DeviceMesh
 @contextmanager
 def no_sync(module: nn.Module, wanted: bool) -> Iterator[None]:
     """A context in which backward leaves gradients unaveraged, for all micro-batches of a step but the last."""
-    if isinstance(module, FSDPModule):
+    if sharding.is_wrapped(module):
         sharding.average_gradients(module, not wanted)
     with module.no_sync() if wanted and isinstance(module, DistributedDataParallel) else nullcontext():
         yield

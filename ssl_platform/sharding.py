@@ -4,21 +4,24 @@ Units are the blocks of networks, the networks around them, heads, and the objec
 be used through `forward` of its unit; objectives' own parameters are whole during the whole of `StudentTeacher.forward`.
 """
 
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
 from pydantic import Field
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from ssl_platform.blocks import blocks_of
 from ssl_platform.config import Config
+
+if TYPE_CHECKING:  # importing them takes seconds
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor
 
 
 class ParallelConfig(Config):
@@ -48,7 +51,7 @@ def shard(
     root: nn.Module,
     networks: Iterable[nn.Module],
     heads: Iterable[nn.Module],
-    mesh: DeviceMesh,
+    mesh: "DeviceMesh",
     half: torch.dtype | None,
     timed: Callable[[], AbstractContextManager[None]],
 ) -> nn.Module:
@@ -57,6 +60,8 @@ def shard(
     With `half`, networks and heads compute in it, from weights that are gathered in it; shards, sums of gradients and the
     features that networks return are float32. `timed` is a context around each wait for weights in a forward pass.
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
     for tensor in [*root.parameters(), *root.buffers()]:
         dist.broadcast(tensor.detach(), src=0)
     inner = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32 if half else None)
@@ -89,17 +94,29 @@ def _time_gathering(unit: nn.Module, timed: Callable[[], AbstractContextManager[
     unit.register_forward_pre_hook(end)
 
 
+def is_wrapped(module: nn.Module) -> bool:
+    """Whether `shard` has been given it."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and isinstance(module, fsdp.FSDPModule)
+
+
 def average_gradients(root: nn.Module, wanted: bool) -> None:
     """Whether the coming backward passes sum gradients over ranks; until one does, each rank keeps whole gradients."""
-    cast(FSDPModule, root).set_requires_gradient_sync(wanted)
+    cast("FSDPModule", root).set_requires_gradient_sync(wanted)
 
 
 # -- tensors in shards -------------------------------------------------------------------------------------------------
 
 
+def is_sharded(tensor: Tensor | None) -> "TypeGuard[DTensor]":
+    """Whether it is a DTensor; loading that module takes a second, and without it there is none."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard, which shares its memory; the tensor itself if it is not in shards."""
-    return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor
+    return cast("DTensor", tensor.detach()).to_local() if is_sharded(tensor) else tensor
 
 
 def whole_norms(norms: Sequence[Tensor], like: Tensor | None) -> Sequence[Tensor]:
@@ -107,7 +124,7 @@ def whole_norms(norms: Sequence[Tensor], like: Tensor | None) -> Sequence[Tensor
 
     `like` is one of the tensors: if it is not in shards, the norms are whole as they are.
     """
-    if not isinstance(like, DTensor):
+    if not is_sharded(like):
         return norms
     squares = torch.stack([norm.to(like.device).double().square() for norm in norms])
     dist.all_reduce(squares, group=like.device_mesh.get_group(mesh_dim=-1))

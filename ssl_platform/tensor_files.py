@@ -10,7 +10,6 @@ every tensor its shape and where its parts begin:
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssl_platform import distributed
+from ssl_platform.sharding import is_sharded
 
 INDEX = "index.json"
 GROUPS = ("model", "optimizer")
@@ -43,12 +43,6 @@ class Sharding(NamedTuple):
         length = self.shape[self.dim]
         size = -(-length // len(self.ranks))
         return min(number * size, length), min((number + 1) * size, length)
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a DTensor; loading that module takes a second, and without it there is none."""
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def sharding(tensor: Any) -> Sharding:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from ssl_platform import checkpoint, distributed, tensor_files
+from ssl_platform import checkpoint, distributed, sharding, tensor_files
 from ssl_platform.checkpoint import CheckpointError, TrainState
 from ssl_platform.encoder import Encoder
 from ssl_platform.optim import ParameterRule, build_optimizer
@@ -75,7 +75,7 @@ def contents(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, T
     """Everything, whole."""
     tensors = module.state_dict() | checkpoint.optimizer_tensors(optimizer)
     return {
-        key: (value.full_tensor() if tensor_files.is_sharded(value) else value).detach().clone()  # type: ignore[attr-defined]
+        key: (value.full_tensor() if sharding.is_sharded(value) else value).detach().clone()  # type: ignore[attr-defined]
         for key, value in tensors.items()
     }
 
@@ -99,8 +99,8 @@ def read_sharded(path: str, mesh_shape: tuple[int, ...]) -> dict[str, Tensor]:
     checkpoint.load_networks(module, Path(path))
     checkpoint.load_optimizer(optimizer, Path(path))
     for name, parameter in module.named_parameters():
-        assert tensor_files.is_sharded(parameter) == (mesh_shape != (1,) and name in SHAPES)
-        assert tensor_files.is_sharded(optimizer.state[parameter]["exp_avg"]) == tensor_files.is_sharded(parameter)
+        assert sharding.is_sharded(parameter) == (mesh_shape != (1,) and name in SHAPES)
+        assert sharding.is_sharded(optimizer.state[parameter]["exp_avg"]) == sharding.is_sharded(parameter)
     return contents(module, optimizer)
 
 

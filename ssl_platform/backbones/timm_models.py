@@ -1,13 +1,14 @@
-"""Any timm model as a backbone: DINO on convolutional and other networks, and pretrained weights to start from."""
+"""Any timm model as a backbone: DINO on convolutional and other networks, and pretrained weights to start from.
+
+timm is imported where it is used: that takes a second, and most runs have none of its models.
+"""
 
 import difflib
 import math
 from collections.abc import Sequence
 from typing import Any
 
-import timm
 from pydantic import Field, field_validator
-from timm.models._manipulate import group_with_matcher
 from torch import Tensor, nn
 
 from ssl_platform.backbones import Features, Input
@@ -29,6 +30,8 @@ class Config(PluginConfig):
     @field_validator("model")
     @classmethod
     def _is_known(cls, model: str) -> str:
+        import timm
+
         name = model.partition(".")[0]
         if not timm.is_model(name):
             near = difflib.get_close_matches(name, timm.list_models(), n=1)
@@ -63,6 +66,8 @@ class Config(PluginConfig):
             raise ValueError(f"backbone '{self.model}': timm refuses the arguments {self.kwargs}: {error}") from error
 
     def _create_with(self, arguments: dict[str, Any]) -> "TimmBackbone":
+        import timm
+
         arguments = {"num_classes": 0, **arguments}
         return TimmBackbone(timm.create_model(self.model, pretrained=self.pretrained, **arguments), arguments)
 
@@ -75,6 +80,8 @@ class TimmBackbone(nn.Module):
     """
 
     def __init__(self, model: Any, model_args: dict[str, Any]) -> None:
+        from timm.models._manipulate import group_with_matcher
+
         super().__init__()
         self.model = model
         self.model_args = model_args
