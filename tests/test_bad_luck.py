@@ -174,6 +174,7 @@ def run_on_a_small_disk(folder: Path, kind: str, *more: str) -> tuple[int, str, 
     return ended.returncode, ended.stderr, out
 
 
+@pytest.mark.slow
 @mounts
 def test_a_full_disk(tmp_path: Path) -> None:
     """From step 5 to 9: the saves of 6 and 8 fail, and so do the lines of metrics in between."""

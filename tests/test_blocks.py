@@ -54,6 +54,7 @@ def recomputed_in_shards() -> bool:
     )
 
 
+@pytest.mark.slow
 def test_recomputed_blocks_give_the_same_bits_on_two_ranks() -> None:
     assert run_ranks(2, recomputed_in_shards, timeout=250) == [True, True]
 

@@ -159,6 +159,7 @@ def test_kernel_equals_torch_on_cuda() -> None:
     assert _cross_entropy._row_losses(logits) is not _cross_entropy._by_chunks
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton comes with CUDA builds of torch")
 def test_kernel_equals_torch_in_tritons_interpreter() -> None:
     """The kernel's arithmetic, without a GPU; the interpreter is chosen when Triton is imported, hence a process."""
