@@ -100,7 +100,7 @@ class StepResult:
     skipped: bool
     stopping: bool = False
     saved: bool = False
-    """Whether a save in flight has ended."""
+    """Whether a save in flight has ended on every rank."""
 
 
 class OutOfMemory(Exception):
@@ -137,10 +137,11 @@ def train_step(
     outputs, keys, replaced, filtered = [], [], [], 0  # keys by micro-batch
     for micro_step in range(parts.accumulate):
         peers.at(step + 1, "reading a batch")
-        batch = next(batches).to(parts.device)
+        batch = next(batches)
         torch.manual_seed(model_seed(parts.seed, step, micro_step, distributed.rank()))
         keys.append(batch.keys)
         with _memory_told(batch.keys), distributed.no_sync(parts.module, micro_step < parts.accumulate - 1):
+            batch = batch.to(parts.device)
             peers.at(step + 1, "the forward pass")
             with stragglers.working(parts.device):
                 output = parts.module(batch, step, active)
@@ -150,7 +151,9 @@ def train_step(
         replaced += batch.replaced
         filtered += batch.filtered
     peers.at(step + 1, "agreeing on the step")
-    grad_norms = optim.clip_gradients(parts.trained, parts.clip_grad)
+    every_key = [key for some in keys for key in some]
+    with _memory_told(every_key):
+        grad_norms = optim.clip_gradients(parts.trained, parts.clip_grad)
     losses = torch.stack([output.loss.detach() for output in outputs])
     loss = losses.mean()
     # The step's one wait for the device: what follows must not happen before every rank knows.
@@ -158,13 +161,13 @@ def train_step(
     bad = (~torch.isfinite(losses)).tolist() if not finite else []
     mine = torch.tensor([not finite, any(bad), bool(stop), saved(), filtered], dtype=torch.float64)
     # One collective for all.
-    skipped, num_bad, stopping, has_saved, filtered = map(int, distributed.total(mine).tolist())
+    skipped, num_bad, stopping, num_saved, filtered = map(int, distributed.total(mine).tolist())
     peers.at(step + 1, "updating the networks")
     if not skipped:
-        with _memory_told([key for some in keys for key in some]):
+        with _memory_told(every_key):
             parts.optimizer.step()
-        parts.student_teacher.update(step)
-        parts.student_teacher.commit(step, [output.pending for output in outputs])
+            parts.student_teacher.update(step)
+            parts.student_teacher.commit(step, [output.pending for output in outputs])
     parts.optimizer.zero_grad()
     terms, step_metrics = _mean([o.terms for o in outputs]), _mean([o.metrics for o in outputs], skip_nan=True)
     # Gradients have been averaged: after a loss of one rank that is not finite they are finite on none.
@@ -180,7 +183,7 @@ def train_step(
         filtered,
         bool(skipped),
         bool(stopping),
-        bool(has_saved),
+        num_saved == distributed.world_size(),
     )
 
 

@@ -23,7 +23,6 @@ from torch import Tensor
 from ssl_platform import distributed
 
 INDEX = "index.json"
-GROUPS = ("model", "optimizer")
 
 
 class Sharding(NamedTuple):

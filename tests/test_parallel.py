@@ -3,6 +3,7 @@
 import json
 import shutil
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,29 @@ def test_all_ranks_start_from_rank_zeros_weights() -> None:
     expected = engine.model(**settings()).networks["student"].blocks[0].attn.qkv.weight  # type: ignore[index, union-attr]
     for found in run_ranks(2, start_apart):
         assert torch.equal(found, expected)
+
+
+def said_by_ddp() -> list[str]:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        engine.parts(**settings())
+    return [str(warning.message) for warning in told]
+
+
+def test_users_are_not_told_of_what_they_cannot_change() -> None:
+    assert run_ranks(2, said_by_ddp) == [[], []]
+
+
+def agreed_that_a_save_has_ended(on: list[int]) -> bool:
+    parts = engine.parts(**settings())
+    mine = engine.split(batch(0), 2)[distributed.rank()]
+    return train_step(parts, iter([mine]), 0, ACTIVE[0], saved=lambda: distributed.rank() in on).saved
+
+
+def test_a_save_has_ended_when_it_has_on_every_rank() -> None:
+    """Otherwise the step would wait for the ranks that do not know of it yet."""
+    for on, expected in (([0], False), ([1], False), ([0, 1], True)):
+        assert run_ranks(2, agreed_that_a_save_has_ended, on) == [expected] * 2, on
 
 
 def slow_on_rank_one() -> dict[str, float | int]:
