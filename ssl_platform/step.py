@@ -158,10 +158,11 @@ def train_step(
     loss = losses.mean()
     # The step's one wait for the device: what follows must not happen before every rank knows.
     finite = bool(torch.isfinite(torch.stack([loss, *(norm.to(loss.device) for norm in grad_norms.values())])).all())
-    bad = (~torch.isfinite(losses)).tolist() if not finite else []
-    mine = torch.tensor([not finite, any(bad), bool(stop), saved(), filtered], dtype=torch.float64)
+    bad = _not_finite([output.features for output in outputs]) if not finite else []
+    bad_losses = _not_finite([output.loss for output in outputs]) if not finite else []
+    mine = torch.tensor([not finite, any(bad), any(bad_losses), bool(stop), saved(), filtered], dtype=torch.float64)
     # One collective for all.
-    skipped, num_bad, stopping, num_saved, filtered = map(int, distributed.total(mine).tolist())
+    skipped, num_bad, num_bad_losses, stopping, num_saved, filtered = map(int, distributed.total(mine).tolist())
     peers.at(step + 1, "updating the networks")
     if not skipped:
         with _memory_told(every_key):
@@ -170,8 +171,8 @@ def train_step(
             parts.student_teacher.commit(step, [output.pending for output in outputs])
     parts.optimizer.zero_grad()
     terms, step_metrics = _mean([o.terms for o in outputs]), _mean([o.metrics for o in outputs], skip_nan=True)
-    # Gradients have been averaged: after a loss of one rank that is not finite they are finite on none.
-    blamed = bad if num_bad else [True] * len(keys)
+    # Features of one rank that are not finite spoil losses that look at all ranks, and its loss the averaged gradients.
+    blamed = bad if num_bad else bad_losses if num_bad_losses else [True] * len(keys)
     bad_keys = [key for some, is_bad in zip(keys, blamed, strict=False) if is_bad for key in some] if skipped else []
     return StepResult(
         loss,
@@ -203,6 +204,11 @@ def model_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     for number in (step, micro_step, rank):
         mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
     return mixed
+
+
+def _not_finite(values: Sequence[Tensor]) -> list[bool]:
+    flags: list[bool] = (~torch.isfinite(torch.stack([value.detach() for value in values]))).tolist()
+    return flags
 
 
 def _mean(items: Sequence[dict[str, Tensor]], skip_nan: bool = False) -> dict[str, Tensor]:
