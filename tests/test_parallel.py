@@ -237,9 +237,10 @@ def trained(run_dir: str, *overrides: str) -> None:
 
 
 def test_a_run_in_shards_is_saved_and_goes_on_on_other_numbers_of_ranks(tmp_path: Path) -> None:
+    """Saved on 4, resumed on 2 in two replicas, then by one process: as one process in one go."""
     one, two = tmp_path / "one", tmp_path / "two"
     trained(str(one))
-    run_ranks(2, trained, str(two), "parallel.method=fsdp", timeout=250)
+    run_ranks(4, trained, str(two), "parallel.method=fsdp", timeout=250)
     for step in (3, 4):
         shutil.rmtree(two / f"checkpoints/step_{step:08d}")
     run_ranks(2, trained, str(two), "parallel.method=fsdp", "parallel.replicas=2", timeout=250)
