@@ -1,6 +1,7 @@
 """Processes that train together: start and stop, and collectives that are identities for one process alone."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
@@ -35,6 +36,7 @@ def _number(name: str, default: str, smallest: int = 0) -> int:
 
 START_MINUTES = 5.0
 """At least so long ranks wait for each other when they start: machines begin, and import, at different times."""
+NCCL_MARGIN = timedelta(seconds=30)
 _store: Any = None
 collective_timer: Callable[[], AbstractContextManager[None]] | None = None
 """Set while somebody wants to know the time inside collectives (`stragglers`)."""
@@ -69,11 +71,18 @@ def start(timeout_minutes: float = 10.0) -> torch.device:
         try:
             found, number, size = next(iter(rendezvous("env://", timeout=patience)))
             found.set_timeout(timeout)
-            dist.init_process_group(backend, store=found, rank=number, world_size=size, timeout=timeout)
+            dist.init_process_group(
+                backend, store=found, rank=number, world_size=size, timeout=_of_collectives(device, timeout)
+            )
         except (dist.DistError, RuntimeError) as error:
             raise ConnectionError(_apart(error)) from error
         _store = found
     return device
+
+
+def _of_collectives(device: torch.device, timeout: timedelta) -> timedelta:
+    """How long torch lets a collective wait: NCCL ends the process, after `peers` has had the time to say why."""
+    return timeout + NCCL_MARGIN if device.type == "cuda" else timeout
 
 
 def _check_environment() -> None:
@@ -227,17 +236,19 @@ def wrap(
     if parallel is not None and parallel.method == "fsdp":
         heads = [head for copies in module.heads.children() for head in copies.children()]  # type: ignore[union-attr]
         networks = module.networks.children()  # type: ignore[union-attr]
-        mesh = _mesh(device, parallel.replicas, timedelta(minutes=timeout_minutes))
+        mesh = _mesh(device, parallel.replicas, _of_collectives(device, timedelta(minutes=timeout_minutes)))
         return sharding.shard(module, networks, heads, mesh, half, _timed)
     if world_size() == 1:
         return module
-    return DistributedDataParallel(
-        module,
-        device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,  # objective state is changed in `commit`, alike on every rank
-        find_unused_parameters=True,  # stages, late objectives and sub-networks leave parameters out of a step
-        gradient_as_bucket_view=True,
-    )
+    with warnings.catch_warnings():  # torch 2.14 has another name for it, which older ones do not know
+        warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+        return DistributedDataParallel(
+            module,
+            device_ids=[device] if device.type == "cuda" else None,
+            broadcast_buffers=False,  # objective state is changed in `commit`, alike on every rank
+            find_unused_parameters=True,  # stages, late objectives and sub-networks leave parameters out of a step
+            gradient_as_bucket_view=True,
+        )
 
 
 def _mesh(device: torch.device, replicas: int, timeout: timedelta) -> "DeviceMesh":

@@ -25,7 +25,6 @@ LEFT_BEHIND = 3
 BEAT_SECONDS = 0.5
 SILENT_SECONDS = 4 * BEAT_SECONDS
 """A rank that does not tell of itself for so long is gone."""
-STORE_SECONDS = 5.0
 
 
 class Place(NamedTuple):

@@ -1,5 +1,6 @@
 """One run per folder: an advisory lock that ends with the process, however it ends."""
 
+import errno
 import fcntl
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from ssl_platform import distributed
+from ssl_platform.log import logger
 
 
 class RunLocked(Exception):
@@ -43,6 +45,11 @@ def _locked_file(run_dir: Path) -> IO[str]:
     try:  # lockf's lock, unlike flock's, is not inherited by data workers, which may outlive a killed run
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # such as Lustre that is mounted without `flock`
+            logger.warning(
+                "%s cannot be locked (%s): nothing keeps a second run from this folder", file.name, error.strerror
+            )
+            return file
         file.seek(0)
         holder = file.read().strip() or "an unknown process"
         file.close()

@@ -70,18 +70,19 @@ class Saver:
             if not peers.is_of_memory(error):
                 raise
             copies = f"no memory for a copy of what it writes ({error})".splitlines()[0]
-        event = None
+        copied = None
         if torch.cuda.is_available():
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
+            copied = torch.cuda.current_device(), event
         self._words.begin(self.timeout)
-        arguments = (state, config_yaml, index, copies, event)
+        arguments = (state, config_yaml, index, copies, copied)
         self._thread = threading.Thread(target=self._run, args=arguments, name="saving", daemon=True)
         self._thread.start()
 
     def has_ended(self) -> bool:
-        """Whether rank 0 knows how the save in flight ended, so that all ranks can `take` it without waiting long."""
-        return self._outcome is not None and self._thread is not None and distributed.rank() == 0
+        """Whether this rank knows how the save in flight ended; where all do, none waits in `take`."""
+        return self._outcome is not None and self._thread is not None
 
     def take(self) -> Outcome | None:
         """Waits for the save in flight and says how it ended, the same on every rank; None if there was none."""
@@ -144,7 +145,7 @@ class Saver:
         config_yaml: str,
         index: dict[str, Any] | None,
         copies: dict[str, dict[str, Tensor]] | str,
-        event: Any,
+        copied: tuple[int, Any] | None,
     ) -> str:
         """Writes this rank's part and, on rank 0, finishes the checkpoint; returns what failed."""
         rank, words = distributed.rank(), self._words
@@ -156,7 +157,9 @@ class Saver:
         files: dict[str, Any] | None = None
         failure = copies if isinstance(copies, str) else ""
         if not isinstance(copies, str):
-            if event is not None:
+            if copied is not None:
+                device, event = copied
+                torch.cuda.set_device(device)  # a new thread has the first one, where it would take memory
                 event.synchronize()
             parts = copies
             sharded = index is not None

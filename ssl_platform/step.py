@@ -100,7 +100,7 @@ class StepResult:
     skipped: bool
     stopping: bool = False
     saved: bool = False
-    """Whether a save in flight has ended."""
+    """Whether a save in flight has ended on every rank."""
 
 
 class OutOfMemory(Exception):
@@ -137,10 +137,11 @@ def train_step(
     outputs, keys, replaced, filtered = [], [], [], 0  # keys by micro-batch
     for micro_step in range(parts.accumulate):
         peers.at(step + 1, "reading a batch")
-        batch = next(batches).to(parts.device)
+        batch = next(batches)
         torch.manual_seed(model_seed(parts.seed, step, micro_step, distributed.rank()))
         keys.append(batch.keys)
         with _memory_told(batch.keys), distributed.no_sync(parts.module, micro_step < parts.accumulate - 1):
+            batch = batch.to(parts.device)
             peers.at(step + 1, "the forward pass")
             with stragglers.working(parts.device):
                 output = parts.module(batch, step, active)
@@ -150,25 +151,28 @@ def train_step(
         replaced += batch.replaced
         filtered += batch.filtered
     peers.at(step + 1, "agreeing on the step")
-    grad_norms = optim.clip_gradients(parts.trained, parts.clip_grad)
+    every_key = [key for some in keys for key in some]
+    with _memory_told(every_key):
+        grad_norms = optim.clip_gradients(parts.trained, parts.clip_grad)
     losses = torch.stack([output.loss.detach() for output in outputs])
     loss = losses.mean()
     # The step's one wait for the device: what follows must not happen before every rank knows.
     finite = bool(torch.isfinite(torch.stack([loss, *(norm.to(loss.device) for norm in grad_norms.values())])).all())
-    bad = (~torch.isfinite(losses)).tolist() if not finite else []
-    mine = torch.tensor([not finite, any(bad), bool(stop), saved(), filtered], dtype=torch.float64)
+    bad = _not_finite([output.features for output in outputs]) if not finite else []
+    bad_losses = _not_finite([output.loss for output in outputs]) if not finite else []
+    mine = torch.tensor([not finite, any(bad), any(bad_losses), bool(stop), saved(), filtered], dtype=torch.float64)
     # One collective for all.
-    skipped, num_bad, stopping, has_saved, filtered = map(int, distributed.total(mine).tolist())
+    skipped, num_bad, num_bad_losses, stopping, num_saved, filtered = map(int, distributed.total(mine).tolist())
     peers.at(step + 1, "updating the networks")
     if not skipped:
-        with _memory_told([key for some in keys for key in some]):
+        with _memory_told(every_key):
             parts.optimizer.step()
-        parts.student_teacher.update(step)
-        parts.student_teacher.commit(step, [output.pending for output in outputs])
+            parts.student_teacher.update(step)
+            parts.student_teacher.commit(step, [output.pending for output in outputs])
     parts.optimizer.zero_grad()
     terms, step_metrics = _mean([o.terms for o in outputs]), _mean([o.metrics for o in outputs], skip_nan=True)
-    # Gradients have been averaged: after a loss of one rank that is not finite they are finite on none.
-    blamed = bad if num_bad else [True] * len(keys)
+    # Features of one rank that are not finite spoil losses that look at all ranks, and its loss the averaged gradients.
+    blamed = bad if num_bad else bad_losses if num_bad_losses else [True] * len(keys)
     bad_keys = [key for some, is_bad in zip(keys, blamed, strict=False) if is_bad for key in some] if skipped else []
     return StepResult(
         loss,
@@ -180,7 +184,7 @@ def train_step(
         filtered,
         bool(skipped),
         bool(stopping),
-        bool(has_saved),
+        num_saved == distributed.world_size(),
     )
 
 
@@ -200,6 +204,11 @@ def model_seed(seed: int, step: int, micro_step: int, rank: int) -> int:
     for number in (step, micro_step, rank):
         mixed = (mixed * 6364136223846793005 + number + 1442695040888963407) % 2**63
     return mixed
+
+
+def _not_finite(values: Sequence[Tensor]) -> list[bool]:
+    flags: list[bool] = (~torch.isfinite(torch.stack([value.detach() for value in values]))).tolist()
+    return flags
 
 
 def _mean(items: Sequence[dict[str, Tensor]], skip_nan: bool = False) -> dict[str, Tensor]:

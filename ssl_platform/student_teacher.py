@@ -42,6 +42,9 @@ class StepOutput(NamedTuple):
     metrics: dict[str, Tensor]
     pending: dict[str, dict[str, Tensor]]
     """By objective."""
+    features: Tensor
+    """The sum of all class tokens: not finite if something is wrong with these samples, and not with those of another
+    rank, whose losses they may have spoilt (Sinkhorn, KoLeo over all ranks)."""
 
 
 class StudentTeacher(nn.Module):
@@ -81,6 +84,7 @@ class StudentTeacher(nn.Module):
             _named(losses, "terms"),
             _named(losses, "metrics"),
             {name: {key: value.detach() for key, value in loss.pending.items()} for name, loss in losses.items()},
+            torch.stack([total.new_zeros(()), *(one.cls.detach().sum() for one in outputs.features.values())]).sum(),
         )
 
     def _features(self, requests: Sequence[Forward], batch: Batch) -> dict[Forward, Features]:

@@ -7,6 +7,7 @@ every tensor its shape and where its parts begin:
     {"model": {"files": [name, ...], "tensors": {key: {"shape": [...], "dim": 0, "parts": [[file, offset], ...]}}}, ...}
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,6 @@ from ssl_platform import distributed
 from ssl_platform.sharding import is_sharded
 
 INDEX = "index.json"
-GROUPS = ("model", "optimizer")
 
 
 class Sharding(NamedTuple):
@@ -136,6 +136,10 @@ def flush(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS) or not path.is_dir():
+            raise
+        # The file system, such as CIFS, does that for files alone.
     finally:
         os.close(descriptor)
 

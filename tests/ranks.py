@@ -83,7 +83,7 @@ def _rank(rank: int, world_size: int, port: int, connection: Connection) -> None
     torch.set_num_threads(1)
     from ssl_platform import distributed
 
-    distributed.start(timeout_minutes=1)
+    distributed.start(timeout_minutes=10)  # the limit is that of the pool
     while True:
         try:
             function, arguments = connection.recv()

@@ -12,10 +12,14 @@ from typing import Any
 import pytest
 import torch
 
-from ssl_platform import checkpoint, tensor_files
+from ssl_platform import checkpoint, optim, tensor_files
 from ssl_platform.log import Metrics, append_line, read_lines, unwritten
+from ssl_platform.step import OutOfMemory, train_step
+from ssl_platform.student_teacher import StudentTeacher
 from ssl_platform.train import main
-from tests.test_launch_local import QUIET, ROOT, SMOKE, launched, lines, processes_of, run, trouble
+from ssl_platform.views import Batch
+from tests import engine
+from tests.test_launch_local import LIMIT, QUIET, ROOT, SMOKE, launched, lines, processes_of, run, trouble
 from tests.test_resume import assert_equal, command, wait_for_step
 from tests.trouble import Trouble
 
@@ -230,7 +234,7 @@ def test_files_that_may_not_be_large(tmp_path: Path) -> None:
 
 
 def wait_for_part(folder: Path, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + LIMIT
     while not any((folder / "checkpoints").glob(".step_*.part/*")):
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.005)
@@ -348,6 +352,20 @@ def test_out_of_memory_in_one_process(
     (event,) = events(tmp_path, "out_of_memory")
     assert f"keys of rank 0: {event['keys_by_rank']['0']}" in said and "Traceback" not in said
     assert steps(tmp_path) == [2]
+
+
+@pytest.mark.parametrize("place", ["the batch", "clipping", "the average"])
+def test_out_of_memory_anywhere_in_a_step_names_the_samples(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = engine.parts()
+    owner, name = {
+        "the batch": (Batch, "to"),
+        "clipping": (optim, "clip_gradients"),
+        "the average": (StudentTeacher, "update"),
+    }[place]
+    monkeypatch.setattr(owner, name, lambda *_: no_memory_on_cuda(None))
+    with pytest.raises(OutOfMemory, match="CUDA out of memory. Tried to allocate 20 GiB") as caught:
+        train_step(parts, iter([engine.batch()]), 0, ["dino"])
+    assert caught.value.keys == engine.batch().keys
 
 
 def no_memory_on_cuda(_: object) -> None:

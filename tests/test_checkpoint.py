@@ -1,5 +1,7 @@
 """Checkpoints: all or nothing, no pickle, and clear words about broken ones."""
 
+import errno
+import fcntl
 import json
 import os
 from pathlib import Path
@@ -180,3 +182,29 @@ def test_pruning_also_takes_what_a_killed_run_left(tmp_path: Path) -> None:
         (tmp_path / name / "model.safetensors").write_bytes(b"half")
     checkpoint.prune(tmp_path, keep_last=1, keep_every=2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000002", "step_00000004"]
+
+
+def test_a_file_system_that_does_not_flush_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flush, fails = os.fsync, [errno.EINVAL]
+
+    def without_folders(descriptor: int) -> None:
+        if Path(f"/proc/self/fd/{descriptor}").is_dir():
+            raise OSError(fails[0], os.strerror(fails[0]))
+        flush(descriptor)
+
+    monkeypatch.setattr(os, "fsync", without_folders)
+    checkpoint.verify(write(tmp_path, 7))
+    fails[0] = errno.EIO
+    with pytest.raises(OSError, match="Input/output error"):
+        write(tmp_path, 8)
+
+
+def test_a_file_system_without_locks_is_told_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+    monkeypatch.setattr(fcntl, "lockf", refuse)
+    with locked(tmp_path):
+        assert f"{tmp_path / 'lock'} cannot be locked (Function not implemented): nothing keeps a second" in caplog.text

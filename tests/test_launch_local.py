@@ -10,10 +10,12 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from launch import local
@@ -196,7 +198,10 @@ def test_a_rank_that_is_paused(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_one_of_four_ranks_runs_out_of_memory(tmp_path: Path) -> None:
     code, said = trouble(tmp_path, "out of memory", "objectives.trouble.rank=2", processes=4)
-    assert code == 1 and "rank 2 failed: exit code 1; last error: RuntimeError" in said.splitlines()[-1]
+    assert (
+        code == 1
+        and "rank 2 failed: exit code 1; last error: step 3: rank 2 is out of memory: " in said.splitlines()[-1]
+    )
 
 
 @pytest.mark.slow
@@ -377,6 +382,14 @@ def test_an_error_is_told_even_when_the_rendezvous_is_gone(monkeypatch: pytest.M
     assert peers.ends_with(ValueError("mine")) == ""
     gone = "rank 0, which holds the rendezvous, is gone, last seen at step 3, the forward pass, for 0 s: killed, or"
     assert gone in peers.ends_with(RuntimeError("gloo: Connection closed by peer"))
+
+
+def test_nccl_ends_no_process_before_it_is_told_why() -> None:
+    """The watch looks twice a second, asks the others for two seconds, and rank 0 stays for four more."""
+    minutes = timedelta(minutes=10)
+    margin = distributed._of_collectives(torch.device("cuda", 0), minutes) - minutes
+    assert margin.total_seconds() > 2 * (2 * peers.BEAT_SECONDS + 3 * peers.SILENT_SECONDS)
+    assert distributed._of_collectives(torch.device("cpu"), minutes) == minutes
 
 
 def test_threads_and_ranks_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

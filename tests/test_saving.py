@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -355,6 +356,20 @@ def test_an_error_of_the_run_waits_for_the_save_in_flight(tmp_path: Path, monkey
         assert checkpoint.latest(tmp_path) == tmp_path / "step_00000001"
         with pytest.raises(KeyboardInterrupt), saver.finished():
             raise KeyboardInterrupt
+
+
+def both_know(folder: str) -> bool:
+    saver = Saver(Path(folder), 1, None, 60)
+    saver.begin(state(1), "", {"a": torch.zeros(3)}, {})
+    deadline = time.monotonic() + 60
+    while not saver.has_ended() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    ended = saver.has_ended()
+    return saver.take() == (1, "") and ended and not saver.has_ended()
+
+
+def test_every_rank_knows_when_a_save_has_ended(tmp_path: Path) -> None:
+    assert run_ranks(2, both_know, str(tmp_path)) == [True, True]
 
 
 def fail_on(folder: str, rank: int, name: str) -> tuple[Any, list[str], int]:
