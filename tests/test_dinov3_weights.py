@@ -247,6 +247,13 @@ def test_other_periods_and_learned_positions_are_refused(tmp_path: Path) -> None
     assert "has no pos_embed" in refusal(make(8, 32, num_registers=4, **SMALL), path=path)
 
 
+def test_heads_of_another_width_are_refused(tmp_path: Path) -> None:
+    path, position = tmp_path / "v3.safetensors", {"kind": "rope"}
+    save_file(dinov3_state(make(8, 32, **{**RELEASED, "mask_k_bias": True, "position": position})), path)
+    other = make(8, 32, **{**RELEASED, "mask_k_bias": True, "position": position, "num_heads": 4})
+    assert "its heads have 16 channels, the backbone's 8; set num_heads to 2" in refusal(other, path=path)
+
+
 # -- a run ------------------------------------------------------------------------------------------------------------
 
 
