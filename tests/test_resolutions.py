@@ -1,7 +1,9 @@
 """Views that show what others show, and sizes that are drawn anew for each step."""
 
 import math
+import re
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
 from ssl_platform.config import ConfigError, validate
 from ssl_platform.data.index import Index
 from ssl_platform.data.shards import modality_of_step, train_batches
 from ssl_platform.modalities import Modality, image, pathology
-from ssl_platform.recipe import load_recipe, open_index, open_order
+from ssl_platform.recipe import NetworkConfig, load_recipe, open_index, open_order
 from ssl_platform.train import main, train
 from ssl_platform.views import Batch
 from tests.ranks import run_ranks
@@ -278,6 +281,22 @@ def test_sizes_that_cannot_be_are_refused(changes: dict[str, Any], words: str) -
     with pytest.raises(ConfigError) as error:
         config(**changes)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("page", ["continue", "distill", "dinov3"])
+def test_the_configurations_of_the_pages_are_valid(page: str) -> None:
+    text = (SMOKE.parents[2] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"(?:^    .*\n)+", text, re.MULTILINE) if "..." not in block]
+    sections: list[tuple[str, Any]] = []
+    for block in blocks:
+        if block.startswith(("    modality:", "    networks:", "    objectives:")):
+            sections += yaml.safe_load(textwrap.dedent(block)).items()
+    assert sections
+    for name, section in sections:
+        if name == "modality":
+            assert validate(image.Config, section).build(None).groups
+        for network in section.values() if name == "networks" else ():
+            assert validate(NetworkConfig, network)
 
 
 def test_masks_are_checked_on_every_grid() -> None:

@@ -23,7 +23,7 @@ def is_dinov3(names: Mapping[str, Any]) -> bool:
 
 
 def dinov3_names(state: Mapping[str, Tensor], vit: VisionTransformer) -> dict[str, Tensor]:
-    """The tensors of a DINOv3-format state dict as `vit` means them; raises ValueError if its RoPE has other periods or heads.
+    """The tensors of a DINOv3-format state dict as `vit` means them; raises ValueError if its RoPE is another one.
 
     A bias that the file masks is 0. Biases of queries, keys and values that are all 0 are left out where `vit` has none,
     as timm does with the released models.
