@@ -244,11 +244,15 @@ def test_the_picture_and_the_estimate_are_of_views_that_come(
     assert main([*arguments, "--show-views", str(tmp_path / "views.png")]) == 0
     assert (tmp_path / "views.png").stat().st_size > 1000 and not (tmp_path / "run").exists()
     assert main([*arguments, "--estimate"]) == 0
-    assert "memory and time are of the largest of 1" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "memory and time are of the largest of 1" in text
+    assert "memory and time are of stage pretrain (dino, ibot, koleo): later ones may need more" in text
     assert main([*arguments, "--estimate", "gpus=2"]) == 0, (
         "objectives that compare groups meet views of the same crops"
     )
-    assert "FLOP" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "FLOPs, memory and time are of the largest of 1 resolutions: the mean is less" in text
+    assert "of all objectives together: stages with some of them need less" in text
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
