@@ -17,11 +17,12 @@ from ssl_platform.backbones import Features, Input
 from ssl_platform.backbones._attention import Backend
 from ssl_platform.backbones._blocks import Block, Rows
 from ssl_platform.backbones._positions import interpolate_positions
+from ssl_platform.backbones._resizing import with_patches
 from ssl_platform.backbones._rope import Rope, Rotation, check_rope, rotation
 from ssl_platform.backbones._vit_options import PositionConfig, UntiedNormsConfig
 from ssl_platform.config import ConfigError
 from ssl_platform.modalities import Modality
-from ssl_platform.patch_embed import GridPatchEmbed, Tokens
+from ssl_platform.patch_embed import Tokens
 
 
 class Config(configuration.PluginConfig):
@@ -110,27 +111,6 @@ class Config(configuration.PluginConfig):
         if self.drop_path_schedule == "uniform":
             return [self.drop_path] * self.depth
         return [self.drop_path * i / max(self.depth - 1, 1) for i in range(self.depth)]
-
-
-def with_patches(
-    patch_embed: nn.Module, embed_dim: int, shapes: Sequence[tuple[int, ...]], patch_size: int
-) -> GridPatchEmbed:
-    """A patch embedding for the same views in square patches; raises ValueError if the modality's is of no 2-D grid.
-
-    `shapes` are all that the views may have, first the usual one.
-    """
-    if not isinstance(patch_embed, GridPatchEmbed) or len(patch_embed.patch_size) != 2:
-        raise ValueError("patch_size: views of this modality are not cut into patches of two axes; leave it out")
-    for shape in shapes:
-        if any(length % patch_size for length in shape[1:]):
-            size = " x ".join(map(str, shape[1:]))
-            raise ValueError(
-                f"patch_size: views of {size} are not a multiple of {patch_size}; choose sizes that are of both"
-            )
-    if patch_embed.patch_size == (patch_size, patch_size):
-        return patch_embed
-    grid = (shapes[0][1] // patch_size, shapes[0][2] // patch_size)
-    return GridPatchEmbed(patch_embed.in_chans, embed_dim, (patch_size, patch_size), grid)
 
 
 class VisionTransformer(nn.Module):
