@@ -31,7 +31,7 @@ from torch import Tensor
 from eval_protocols import report
 from eval_protocols.features import choose_device, positive, progress
 from ssl_platform.encoder import Encoder
-from ssl_platform.modalities._image_modality import Image
+from ssl_platform.modalities.image import Image
 
 Map = NDArray[np.float32]
 """(rows, columns, D): one vector for each patch of an image."""

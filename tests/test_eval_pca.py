@@ -12,7 +12,7 @@ from eval_protocols import pca
 from eval_protocols.__main__ import main
 from ssl_platform import train
 from ssl_platform.encoder import Encoder
-from ssl_platform.modalities._image_modality import Image
+from ssl_platform.modalities.image import Image
 
 CONFIG = Path(__file__).parents[1] / "configs/smoke/image.yaml"  # windows of 32 pixels, patches of 8
 

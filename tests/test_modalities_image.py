@@ -17,7 +17,6 @@ from PIL import Image as PillowImage
 from ssl_platform.config import ConfigError, to_yaml, validate
 from ssl_platform.modalities import GroupSpec, image, pathology
 from ssl_platform.modalities import _image_augmentations as augmentations
-from ssl_platform.modalities._image_modality import Image
 
 TINY = {"patch_size": 4, "crops": {"global": {"size": 8}, "local": {"size": 4}}}
 PLAIN = {
@@ -191,7 +190,9 @@ def test_views_may_be_oblong_and_turned() -> None:
 # -- probabilities of what happens to pixels ---------------------------------------------------------------------------
 
 
-def count_marks(modality: Image, name: str, num_samples: int, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+def count_marks(
+    modality: image.Image, name: str, num_samples: int, monkeypatch: pytest.MonkeyPatch
+) -> dict[str, list[int]]:
     """How many of the samples had the operation `name`, for each view."""
     mark: Callable[..., torch.Tensor] = lambda pixels, *_: torch.full_like(pixels, 7.0)  # noqa: E731
     monkeypatch.setattr(augmentations, name, mark)

@@ -42,6 +42,8 @@ from ssl_platform.modalities._options import (
     raise_if_any,
 )
 
+__all__ = ["ColorJitterConfig", "Config", "Image"]
+
 # -- configuration -----------------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from ssl_platform.config import Config as Section
 from ssl_platform.modalities import Filtered, image
 from ssl_platform.modalities._image_augmentations import Box, BoxSampler, Step, place
-from ssl_platform.modalities._image_modality import Image
 from ssl_platform.modalities._image_views import CropsConfig
 from ssl_platform.modalities._images import Size, to_float
 from ssl_platform.modalities._options import (
@@ -124,7 +123,7 @@ class Config(image.Config):
 # -- modality ----------------------------------------------------------------------------------------------------------
 
 
-class Pathology(Image):
+class Pathology(image.Image):
     """Tiles as Modality. What it refuses, it refuses in `augment`: evaluation sees every tile."""
 
     def __init__(self, *, context_size: int | None, min_tissue: float, **arguments: Any) -> None:
