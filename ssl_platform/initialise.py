@@ -128,6 +128,12 @@ def fit(
     if isinstance(network, VisionTransformer):
         _refuse_other_families(weights, network, config)
     found = _renamed(weights, network)
+    if isinstance(network, VisionTransformer) and network.mask_k_bias and network.rope is not None:
+        biases = [value for key, value in found.items() if key.endswith("attn.qkv.bias")]
+        if any(bool(bias.chunk(3)[1].any()) for bias in biases):
+            raise ConfigError(
+                [f"{weights.origin}: its keys have biases, which matter with RoPE; set mask_k_bias: false"]
+            )
     said = Normalization(tuple(config.mean), tuple(config.std)) if config.mean and config.std else None
     change = change_of(network, found, said, weights.normalization, views, f"networks.{name}.init")
     found = change.undone(found) if change is not None else found
