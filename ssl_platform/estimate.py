@@ -42,7 +42,8 @@ def estimate(recipe: Recipe, device: torch.device) -> str:
     )
     size = recipe.batch_size // (recipe.accumulate * distributed.world_size())
     batch = random_batch(modality, masks, size)
-    active = stage_plan(recipe)[0].config.objectives or list(recipe.objectives)
+    first = stage_plan(recipe)[0]
+    active = first.config.objectives or list(recipe.objectives)
     times = []
     for step in range(1 + MEASURED_STEPS):
         begun = time.perf_counter()
@@ -64,6 +65,8 @@ def estimate(recipe: Recipe, device: torch.device) -> str:
     }
     if resolutions := getattr(modality, "variants", ()):
         lines["resolutions"] = f"memory and time are of the largest of {len(resolutions)}: the mean is less"
+    if {*active} < {*recipe.objectives}:
+        lines["stages"] = f"memory and time are of stage {first.name} ({', '.join(active)}): later ones may need more"
     width = max(map(len, lines))
     notes = optim.peak_rates(parts.optimizer, parts.lr, recipe.steps, parts.freeze_last_layer_steps)
     notes += summary(recipe.data.sources, order, samples) if recipe.data.sources else []
@@ -80,6 +83,13 @@ def calculated(recipe: Recipe, assumed: costs.Assumptions) -> str:
     rates = check_start(recipe, modality)
     facts = calculate(recipe, modality, assumed.gpus)
     sample_bytes = float((index.stops - index.starts).mean())
+    if resolutions := getattr(modality, "variants", ()):
+        rates = [
+            f"FLOPs, memory and time are of the largest of {len(resolutions)} resolutions: the mean is less",
+            *rates,
+        ]
+    if any({*(stage.objectives or recipe.objectives)} < {*recipe.objectives} for stage in recipe.stages.values()):
+        rates = ["FLOPs, memory and time are of all objectives together: stages with some of them need less", *rates]
     return costs_report(recipe, assumed, facts, sample_bytes) + "".join(f"{line}\n" for line in rates)
 
 

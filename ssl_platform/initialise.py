@@ -128,6 +128,12 @@ def fit(
     if isinstance(network, VisionTransformer):
         _refuse_other_families(weights, network, config)
     found = _renamed(weights, network)
+    if isinstance(network, VisionTransformer) and network.mask_k_bias and network.rope is not None:
+        biases = [value for key, value in found.items() if key.endswith("attn.qkv.bias")]
+        if any(bool(bias.chunk(3)[1].any()) for bias in biases):
+            raise ConfigError(
+                [f"{weights.origin}: its keys have biases, which matter with RoPE; set mask_k_bias: false"]
+            )
     said = Normalization(tuple(config.mean), tuple(config.std)) if config.mean and config.std else None
     change = change_of(network, found, said, weights.normalization, views, f"networks.{name}.init")
     found = change.undone(found) if change is not None else found
@@ -172,7 +178,10 @@ def fit(
     differing = [
         f"{fact} {value}, but the backbone has {getattr(network, fact)}"
         for fact, value in weights.facts.items()
-        if isinstance(network, VisionTransformer) and getattr(network, fact) != value
+        if isinstance(network, VisionTransformer)
+        and getattr(network, fact) != value
+        # Positions that one of both does not have are a matter of `allow_unused` and `allow_missing`.
+        and (fact != "rope_base" or (value is not None and network.rope is not None))
     ]
     if any(problems.values()) or differing or not (report.matched or report.resized):
         raise ConfigError(misfit(weights, network, report, problems, differing, found))
@@ -202,7 +211,7 @@ def _refuse_other_families(weights: Weights, vit: VisionTransformer, config: Ini
              "position.kind: learned, or give up its positions with init.allow_unused: [pos_embed]"]
         )  # fmt: skip
     without = not learned and any(key.startswith("blocks.") for key in names)
-    if without and vit.rope is None and not _allowed("pos_embed", config.allow_missing):
+    if without and vit.pos_embed is not None and not _allowed("pos_embed", config.allow_missing):
         raise ConfigError(
             [f"{weights.origin}: has no pos_embed, as models of DINOv3 and EVA: rotary positions (RoPE) instead of a "
              "learned position embedding. For a DINOv3 model set networks.NAME.backbone.position: {kind: rope}"]

@@ -26,7 +26,7 @@ class InitConfig(Config):
     """Other weights that a network starts from. Strict: keys that do not fit are an error unless they are named here."""
 
     path: Path | None = None
-    """A run, checkpoint or export folder of ours, or a file in DINOv2's or timm's format (.safetensors, .pth)."""
+    """A run, checkpoint or export folder of ours, or a file in DINOv2's, DINOv3's or timm's format (.safetensors, .pth)."""
     timm: str | None = Field(None, min_length=1)
     """Instead of `path`: a name of timm.list_pretrained(), whose weights are downloaded."""
     network: str | None = None

@@ -59,6 +59,12 @@ def doubtful(recipe: "Recipe") -> list[str]:
             f"networks.{started[0]}.init: views are normalised by the shards' own mean and std; if those weights learned "
             "with others (public ones: mostly ImageNet's), set modality.mean and modality.std, or init.mean and init.std"
         )
+    released = [name for name, one in recipe.networks.items() if getattr(one.backbone, "pretrained", False)]
+    if released and getattr(recipe.modality, "mean", ()) is None:
+        lines.append(
+            f"networks.{released[0]}.backbone.pretrained: its weights see views normalised otherwise than theirs; "
+            f"set networks.{released[0]}.init.timm instead, which fits the first layer to them, or modality.mean and std"
+        )
     return lines + [
         f"{key}.{name}.warmup_steps: {value.warmup_steps}, so the run of {recipe.steps} steps ends inside its warm-up"
         for key, section in sections.items()

@@ -123,6 +123,16 @@ def test_impossible_combinations_are_one_readable_line(changes: dict[str, Any], 
     assert lines[0].startswith(expected)
 
 
+def test_released_weights_that_see_other_views_are_doubtful() -> None:
+    networks = {"student": {"backbone": {"name": "timm_models", "model": "test_convnext", "pretrained": True}}}
+    changes: dict[str, Any] = {"networks": networks, "heads": {}, "masks": {}}
+    changes["objectives"] = {"koleo": {"name": "koleo"}}
+    [line] = doubtful(engine.recipe(modality={"name": "image"}, **changes))
+    assert line.startswith("networks.student.backbone.pretrained:") and "networks.student.init.timm instead" in line
+    fixed = {"name": "image", "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert not doubtful(engine.recipe(modality=fixed, **changes))
+
+
 def test_a_warm_up_as_long_as_the_run_is_doubtful() -> None:
     lr = {"schedule": "cosine", "start": 1.0, "end": 0.0, "warmup_steps": 10}
     assert doubtful(engine.recipe(optim={"lr": lr})) == [

@@ -247,6 +247,27 @@ def test_other_periods_and_learned_positions_are_refused(tmp_path: Path) -> None
     assert "has no pos_embed" in refusal(make(8, 32, num_registers=4, **SMALL), path=path)
 
 
+def test_biases_of_keys_are_not_lost_in_silence(tmp_path: Path) -> None:
+    model = timm.create_model(
+        "vit_small_patch16_dinov3", embed_dim=32, depth=1, num_heads=2, patch_size=8, img_size=32, qkv_bias=True,
+        attn_type="rope",
+    )  # fmt: skip
+    with torch.no_grad():
+        model.blocks[0].attn.qkv.bias.fill_(0.1)
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, tmp_path / "file.safetensors")
+    settings = {**RELEASED, "depth": 1, "qkv_bias": True, "position": {"kind": "rope"}}
+    text = refusal(make(8, 32, **settings, mask_k_bias=True), path=tmp_path / "file.safetensors")
+    assert "its keys have biases, which matter with RoPE; set mask_k_bias: false" in text
+    assert not fill(make(8, 32, **settings), path=tmp_path / "file.safetensors").unused
+
+
+def test_heads_of_another_width_are_refused(tmp_path: Path) -> None:
+    path, position = tmp_path / "v3.safetensors", {"kind": "rope"}
+    save_file(dinov3_state(make(8, 32, **{**RELEASED, "mask_k_bias": True, "position": position})), path)
+    other = make(8, 32, **{**RELEASED, "mask_k_bias": True, "position": position, "num_heads": 4})
+    assert "its heads have 16 channels, the backbone's 8; set num_heads to 2" in refusal(other, path=path)
+
+
 # -- a run ------------------------------------------------------------------------------------------------------------
 
 

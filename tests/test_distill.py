@@ -189,6 +189,10 @@ def test_backbones_say_their_grids_and_vits_may_have_patches_of_their_own() -> N
         assert features.patches.shape[-1] == getattr(network, "patch_dim", network.embed_dim)
     with pytest.raises(ValueError, match="patch_size: views of 32 x 32 are not a multiple of 5"):
         VitConfig(**small, patch_size=5).build(modality)
+    mixed = [{"sizes": {"global": size}, "probability": 0.5} for size in (32, 40)]
+    modality = load_recipe(SMOKE / "image.yaml", [f"modality.resolutions={mixed}"]).modality.build(None)
+    with pytest.raises(ValueError, match="patch_size: views of 40 x 40 are not a multiple of 16"):
+        VitConfig(**small, patch_size=16).build(modality)
     toy = engine.recipe(modality={"name": "tests.probes.toy", "groups": ["global", "local", "signal"]}).modality.build(
         None
     )
@@ -482,6 +486,8 @@ def test_views_of_other_shapes_or_crops_are_refused() -> None:
     assert "is made for views of shape (1, 16) (networks.large.inputs), but 'global' has (1, 8, 8)" in lines_of(
         signal, groups=groups
     )
+    nowhere = lines_of(NETWORKS | {"large": NETWORKS["large"] | {"inputs": "nowhere"}})
+    assert "networks.large.inputs: 'nowhere' is no group of views; there are global, local" in nowhere
     built = parts(distill=objective(teachers={"large": {"group": "local"}}))  # as many views, but of other crops
     with pytest.raises(
         ConfigError, match=r"the views of 'local' \(teacher large\) show other crops than those of 'global'"
@@ -504,6 +510,18 @@ def test_a_teacher_may_see_other_views_of_the_same_crops() -> None:
     built.student_teacher.networks["large"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0].views))
     train_step(built, iter([both]), 0, ["distill"])
     assert torch.equal(seen[0], clean.views)
+
+
+def test_masks_of_another_grid_than_the_backbones_are_refused() -> None:
+    networks = NETWORKS | {"student": {"backbone": engine.VIT | {"patch_size": 2}}}
+    built = parts(networks, distill=objective(masks="block"))
+    with pytest.raises(ConfigError, match="drawn for 4 tokens a view of 'global', but the backbone makes 16 of it"):
+        train_step(built, iter([engine.batch()]), 0, ["distill"])
+
+
+def test_views_that_nobody_sees_are_not_made() -> None:
+    for config in (SMOKE / "distill.yaml", SMOKE.parent / "skin_distill.yaml"):
+        assert list(load_recipe(config).modality.build(None).groups) == ["global"]
 
 
 def test_a_backbone_without_places_needs_patch_weight_0() -> None:

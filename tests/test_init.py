@@ -27,10 +27,10 @@ from ssl_platform.config import ConfigError, plugin, validate
 from ssl_platform.encoder import Encoder
 from ssl_platform.export import main as export_main
 from ssl_platform.init_report import Report
-from ssl_platform.initialise import Initialiser
+from ssl_platform.initialise import Initialiser, fit
 from ssl_platform.recipe import InitConfig, NetworkConfig, load_recipe
 from ssl_platform.train import main, train
-from ssl_platform.weights import read
+from ssl_platform.weights import _of_module, read
 from tests.ranks import run_ranks
 from tests.test_conversion import CASES, conformance, conformance_vit, images_of, make, run
 from tests.test_resume import assert_equal
@@ -434,8 +434,24 @@ def test_positions_of_another_kind_and_other_readers_are_refused(tmp_path: Path)
     text = refusal(turning, path=learned)
     assert "set position.kind: learned, or give up its positions with init.allow_unused: [pos_embed]" in text
     assert fill(turning, path=learned, allow_unused=["pos_embed"]).unused == ["pos_embed"]
+    rope_run, learned_run = make(8, 32, position={"kind": "rope"}, **SMALL), make(8, 32, **SMALL)
+    for network, other, allowed in (
+        (turning, learned_run, {"allow_unused": ["pos_embed"]}),
+        (vit, rope_run, {"allow_missing": ["pos_embed"]}),
+    ):
+        state = _of_module(other, "a run", None)
+        config = validate(InitConfig, {"path": "run", **allowed})
+        report, _ = fit(state, network, config, "student")
+        assert sorted(report.matched) == sorted(rope_run.state_dict()), "as the message says"
     save_file({"embeddings.cls_token": torch.zeros(1)}, tmp_path / "hf.safetensors")
     assert "transformers' format" in refusal(vit, path=tmp_path / "hf.safetensors")
+
+
+def test_a_network_whose_patches_bring_their_own_positions_continues() -> None:
+    vit = make(8, 32, **SMALL)
+    vit.pos_embed = vit.native_grid = None
+    report, _ = fit(_of_module(vit, "a run", None), vit, validate(InitConfig, {"path": "run"}), "student")
+    assert sorted(report.matched) == sorted(vit.state_dict())
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Views that show what others show, and sizes that are drawn anew for each step."""
 
 import math
+import re
 import shutil
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
 from ssl_platform.config import ConfigError, validate
 from ssl_platform.data.index import Index
 from ssl_platform.data.shards import modality_of_step, train_batches
 from ssl_platform.modalities import Modality, image, pathology
-from ssl_platform.recipe import load_recipe, open_index, open_order
+from ssl_platform.recipe import NetworkConfig, load_recipe, open_index, open_order
 from ssl_platform.train import main, train
 from ssl_platform.views import Batch
 from tests.ranks import run_ranks
@@ -241,11 +244,15 @@ def test_the_picture_and_the_estimate_are_of_views_that_come(
     assert main([*arguments, "--show-views", str(tmp_path / "views.png")]) == 0
     assert (tmp_path / "views.png").stat().st_size > 1000 and not (tmp_path / "run").exists()
     assert main([*arguments, "--estimate"]) == 0
-    assert "memory and time are of the largest of 1" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "memory and time are of the largest of 1" in text
+    assert "memory and time are of stage pretrain (dino, ibot, koleo): later ones may need more" in text
     assert main([*arguments, "--estimate", "gpus=2"]) == 0, (
         "objectives that compare groups meet views of the same crops"
     )
-    assert "FLOP" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "FLOPs, memory and time are of the largest of 1 resolutions: the mean is less" in text
+    assert "of all objectives together: stages with some of them need less" in text
 
 
 # -- bad input --------------------------------------------------------------------------------------------------------
@@ -278,6 +285,22 @@ def test_sizes_that_cannot_be_are_refused(changes: dict[str, Any], words: str) -
     with pytest.raises(ConfigError) as error:
         config(**changes)
     assert words in str(error.value)
+
+
+@pytest.mark.parametrize("page", ["continue", "distill", "dinov3"])
+def test_the_configurations_of_the_pages_are_valid(page: str) -> None:
+    text = (SMOKE.parents[2] / "docs" / f"{page}.md").read_text(encoding="utf-8")
+    blocks = [block for block in re.findall(r"(?:^    .*\n)+", text, re.MULTILINE) if "..." not in block]
+    sections: list[tuple[str, Any]] = []
+    for block in blocks:
+        if block.startswith(("    modality:", "    networks:", "    objectives:")):
+            sections += yaml.safe_load(textwrap.dedent(block)).items()
+    assert sections
+    for name, section in sections:
+        if name == "modality":
+            assert validate(image.Config, section).build(None).groups
+        for network in section.values() if name == "networks" else ():
+            assert validate(NetworkConfig, network)
 
 
 def test_masks_are_checked_on_every_grid() -> None:

@@ -23,7 +23,7 @@ def is_dinov3(names: Mapping[str, Any]) -> bool:
 
 
 def dinov3_names(state: Mapping[str, Tensor], vit: VisionTransformer) -> dict[str, Tensor]:
-    """The tensors of a DINOv3-format state dict as `vit` means them; raises ValueError if its RoPE has other periods.
+    """The tensors of a DINOv3-format state dict as `vit` means them; raises ValueError if its RoPE is another one.
 
     A bias that the file masks is 0. Biases of queries, keys and values that are all 0 are left out where `vit` has none,
     as timm does with the released models.
@@ -47,6 +47,12 @@ def dinov3_names(state: Mapping[str, Tensor], vit: VisionTransformer) -> dict[st
 def _check_periods(found: Tensor, vit: VisionTransformer) -> None:
     if vit.rope is None:
         return
+    num_heads, rest = divmod(vit.embed_dim, 4 * len(found))  # a period for every fourth channel of a head
+    if num_heads != vit.num_heads and num_heads and not rest:
+        raise ValueError(
+            f"its heads have {4 * len(found)} channels, the backbone's {vit.embed_dim // vit.num_heads}; set num_heads to "
+            f"{num_heads}"
+        )
     expected = periods(vit.rope, len(found), torch.float32, found.device)
     if not bool(torch.isclose(found.float(), expected, rtol=0.01).all()):  # files hold them in bfloat16
         raise ValueError(

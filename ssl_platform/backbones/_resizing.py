@@ -1,8 +1,33 @@
 """Patch embeddings for another patch size or another number of channels."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ssl_platform.patch_embed import GridPatchEmbed
+
+
+def with_patches(
+    patch_embed: nn.Module, embed_dim: int, shapes: Sequence[tuple[int, ...]], patch_size: int
+) -> GridPatchEmbed:
+    """A patch embedding for the same views in square patches; raises ValueError if the modality's is of no 2-D grid.
+
+    `shapes` are all that the views may have, first the usual one.
+    """
+    if not isinstance(patch_embed, GridPatchEmbed) or len(patch_embed.patch_size) != 2:
+        raise ValueError("patch_size: views of this modality are not cut into patches of two axes; leave it out")
+    for shape in shapes:
+        if any(length % patch_size for length in shape[1:]):
+            size = " x ".join(map(str, shape[1:]))
+            raise ValueError(
+                f"patch_size: views of {size} are not a multiple of {patch_size}; choose sizes that are of both"
+            )
+    if patch_embed.patch_size == (patch_size, patch_size):
+        return patch_embed
+    grid = (shapes[0][1] // patch_size, shapes[0][2] // patch_size)
+    return GridPatchEmbed(patch_embed.in_chans, embed_dim, (patch_size, patch_size), grid)
 
 
 def resize_patches(weight: Tensor, patch_size: tuple[int, ...]) -> Tensor:

@@ -17,10 +17,12 @@ from ssl_platform.backbones import Features, Input
 from ssl_platform.backbones._attention import Backend
 from ssl_platform.backbones._blocks import Block, Rows
 from ssl_platform.backbones._positions import interpolate_positions
+from ssl_platform.backbones._resizing import with_patches
 from ssl_platform.backbones._rope import Rope, Rotation, check_rope, rotation
 from ssl_platform.backbones._vit_options import PositionConfig, UntiedNormsConfig
+from ssl_platform.config import ConfigError
 from ssl_platform.modalities import Modality
-from ssl_platform.patch_embed import GridPatchEmbed, Tokens
+from ssl_platform.patch_embed import Tokens
 
 
 class Config(configuration.PluginConfig):
@@ -70,7 +72,9 @@ class Config(configuration.PluginConfig):
         if (local := self.untied_norms.local) is not None and local not in modality.groups:
             raise ValueError(f"untied_norms.local: no group '{local}' of views; there are {', '.join(modality.groups)}")
         if self.patch_size is not None:
-            patch_embed = with_patches(patch_embed, self.embed_dim, modality.groups[group].shape, self.patch_size)
+            shapes = [modality.groups[group].shape]
+            shapes += [one.modality.groups[group].shape for one in getattr(modality, "variants", ())]
+            patch_embed = with_patches(patch_embed, self.embed_dim, shapes, self.patch_size)
         return VisionTransformer(
             patch_embed,
             native_grid=getattr(patch_embed, "native_grid", None),
@@ -107,21 +111,6 @@ class Config(configuration.PluginConfig):
         if self.drop_path_schedule == "uniform":
             return [self.drop_path] * self.depth
         return [self.drop_path * i / max(self.depth - 1, 1) for i in range(self.depth)]
-
-
-def with_patches(patch_embed: nn.Module, embed_dim: int, shape: tuple[int, ...], patch_size: int) -> GridPatchEmbed:
-    """A patch embedding for the same views in square patches; raises ValueError if the modality's is of no 2-D grid."""
-    if not isinstance(patch_embed, GridPatchEmbed) or len(patch_embed.patch_size) != 2:
-        raise ValueError("patch_size: views of this modality are not cut into patches of two axes; leave it out")
-    if any(length % patch_size for length in shape[1:]):
-        size = " x ".join(map(str, shape[1:]))
-        raise ValueError(
-            f"patch_size: views of {size} are not a multiple of {patch_size}; choose sizes that are of both"
-        )
-    if patch_embed.patch_size == (patch_size, patch_size):
-        return patch_embed
-    grid = (shape[1] // patch_size, shape[2] // patch_size)
-    return GridPatchEmbed(patch_embed.in_chans, embed_dim, (patch_size, patch_size), grid)
 
 
 class VisionTransformer(nn.Module):
@@ -233,6 +222,11 @@ class VisionTransformer(nn.Module):
         position = position if position is None or len(position) == 1 else position.reshape(content.shape)
         visible = None
         if masks is not None:
+            if masks.shape[-1] != content.shape[-2]:
+                raise ConfigError(
+                    [f"masks: drawn for {masks.shape[-1]} tokens a view of '{item.group}', but the backbone makes "
+                     f"{content.shape[-2]} of it; leave backbone.patch_size out for a network that is shown masks"]
+                )  # fmt: skip
             content = content[:, None]  # (V, 1, B, N, D)
             position = position if position is None or len(position) == 1 else position[:, None]
             if item.mode == "token":

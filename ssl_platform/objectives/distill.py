@@ -98,6 +98,8 @@ class Config(ObjectiveConfig):
                 f"'{seen}' has {groups[seen].num_views} views, but the student's '{self.group}' has "
                 f"{groups[self.group].num_views}; they must show the same crops"
             )
+        if networks[name].inputs not in groups:
+            return lines  # which is told of the network
         made, shown = groups[networks[name].inputs].shape, groups[seen].shape
         if len(made) != len(shown) or made[0] != shown[0]:
             lines.append(f"is made for views of shape {made} (networks.{name}.inputs), but '{seen}' has {shown}")
