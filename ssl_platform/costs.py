@@ -126,11 +126,15 @@ def memory(
     activations: float,
     largest_unit: float = 0.0,
     shards: int = 1,
+    accumulate: int = 1,
 ) -> Memory:
-    """Weights, gradients, moments and followers are divided by `shards` (FSDP2), and two units are whole at a time."""
+    """Weights, gradients, moments and followers are divided by `shards` (FSDP2), and two units are whole at a time.
+
+    Gradients of several micro-batches stay whole, in float32, until the last one has them summed over GPUs.
+    """
     return Memory(
         weights=trained / shards,
-        gradients=trained / shards,
+        gradients=trained / (shards if accumulate == 1 else 1),
         optimizer=moments / shards,
         followers=followers / shards,
         state=state,

@@ -1,5 +1,6 @@
 """What a run is said to cost, against torch's own counters, real checkpoints and real collectives."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -134,6 +135,9 @@ def test_arithmetic() -> None:
     assert whole.total == 8 + 8 + 16 + 4 + 1 + 2 + 32
     parts = costs.memory(trained=8, moments=16, followers=4, state=1, batch=2, activations=32, largest_unit=2, shards=4)
     assert parts.total == 9 + 1 + 2 + 32 + 3 * 2
+    numbers = {"trained": 8, "moments": 16, "followers": 4, "state": 1, "batch": 2, "activations": 32}
+    several = costs.memory(**numbers, largest_unit=2, shards=4, accumulate=3)
+    assert several == parts._replace(gradients=8), "FSDP2 sums over GPUs after the last micro-batch"
     ddp = costs.ddp_traffic(trained=100, reduced=10, gathered=0, accumulate=3, gpus=2)
     assert ddp == (100, 0, 30)
     fsdp = costs.fsdp_traffic(trained=100, followers=100, reduced=0, gathered=0, accumulate=2, gpus=2, gather_share=0.5)
@@ -144,6 +148,17 @@ def test_arithmetic() -> None:
     time = costs.step_time(flops=100, peak=100, mfu=0.5, sent=20, link=10)
     assert time == (2, 2) and time.share == 0.5
     assert costs.Assumptions(gpus=8).link == 450e9 and costs.Assumptions(gpus=16).link == 50e9
+
+
+def test_gradients_of_several_micro_batches_are_whole_in_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of fewer samples at a time, so activations are less, and gradients in shards would be, too."""
+    said = {}
+    for accumulate in (1, 2):
+        assert main([str(SMOKE), "--estimate", "gpus=4", f"accumulate={accumulate}"]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory, ")]
+        said[accumulate] = {line.split("  ")[0]: re.findall(r"gradients ([\d.]+ \w+)", line)[0] for line in lines}
+    alone = said[1]["memory, one copy a GPU (this recipe)"]
+    assert said[1]["memory, FSDP2"] != alone and set(said[2].values()) == {alone}
 
 
 def test_the_command_calculates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
