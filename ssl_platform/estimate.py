@@ -151,7 +151,13 @@ def traffics(recipe: Recipe, facts: StepFacts, gpus: int, replicas: int = 1) -> 
     share = 0.5 if recipe.precision == "bf16" else 1.0
     return {
         "DDP": costs.ddp_traffic(**shared),
-        SHARDS: costs.fsdp_traffic(**shared, followers=facts.followers_bytes, gather_share=share, replicas=replicas),
+        SHARDS: costs.fsdp_traffic(
+            **shared,
+            followers=facts.followers_bytes,
+            regathered=facts.regathered_bytes,
+            gather_share=share,
+            replicas=replicas,
+        ),
     }
 
 
