@@ -1,4 +1,4 @@
-"""A Markdown table of training steps on one device: models, attention backends, compile, recompute, FSDP2.
+"""A Markdown table of training steps on one device: models, attention backends, recompute, FSDP2, compile.
 
 `benchmarks/gpu.sh` runs it. Each row is a process of `benchmarks/step.py`; a row that fails shows its error, and rows for
 which no time is left say so.
@@ -34,9 +34,9 @@ VARIANTS = {
     "sdpa": attention("sdpa"),
     "varlen": attention("varlen"),
     "xformers": attention("xformers"),
-    "compile": ("compile=true",),
     "recompute": ("recompute=true",),
     "FSDP2": ("parallel.method=fsdp",),
+    "compile": ("compile=true",),  # last: compiling may take what time is left
 }
 TINY = (
     *(f"networks.student.backbone.{key}" for key in ("embed_dim=32", "depth=1", "num_heads=2")),

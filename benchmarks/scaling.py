@@ -178,8 +178,9 @@ the allocator's fragmentation and the buffers of cuBLAS and NCCL come on top.
 
 Bytes that a GPU sends in a step, on a ring, and their share of a step in which nothing overlaps with computing: 450 GB/s
 inside a machine of 8, 50 GB/s between machines (400 Gbit/s InfiniBand for each GPU), {mfu}. FSDP2 gathers in
-bf16 and scatters gradients in float32 over all GPUs. The last column is what the objectives' centers take of either.
-Peak rates, memory and links of GPUs are those of NVIDIA's data sheets, cited in `ssl_platform/costs.py`.
+bf16 and scatters gradients in float32 over all GPUs, and gathers the head for
+each of its two calls. The last column is what the objectives' centers take of either. Peak rates,
+memory and links of GPUs are those of NVIDIA's data sheets, cited in `ssl_platform/costs.py`.
 
 {traffic}
 ## Checkpoints

@@ -126,11 +126,15 @@ def memory(
     activations: float,
     largest_unit: float = 0.0,
     shards: int = 1,
+    accumulate: int = 1,
 ) -> Memory:
-    """Weights, gradients, moments and followers are divided by `shards` (FSDP2), and two units are whole at a time."""
+    """Weights, gradients, moments and followers are divided by `shards` (FSDP2), and two units are whole at a time.
+
+    Gradients of several micro-batches stay whole, in float32, until the last one has them summed over GPUs.
+    """
     return Memory(
         weights=trained / shards,
-        gradients=trained / shards,
+        gradients=trained / (shards if accumulate == 1 else 1),
         optimizer=moments / shards,
         followers=followers / shards,
         state=state,
@@ -182,14 +186,17 @@ def fsdp_traffic(
     accumulate: int,
     gpus: int,
     gather_share: float,
+    regathered: float = 0.0,
     replicas: int = 1,
 ) -> Traffic:
     """Weights gathered twice and followers once a micro-batch, at `gather_share` of their bytes (.5 for bf16 of fp32).
 
+    `regathered` is gathered besides, for heads that are called more than once.
+
     Gradients are scattered in float32, once a step; with `replicas` (HSDP) among gpus / replicas, then summed over those.
     """
     shards = gpus // replicas
-    weights = accumulate * gather_share * all_gather(2 * trained + followers, shards)
+    weights = accumulate * gather_share * all_gather(2 * trained + followers + regathered, shards)
     gradients = all_gather(trained, shards) + all_reduce(trained / shards, replicas)
     return Traffic(gradients, weights, _objectives(reduced, gathered, accumulate, gpus))
 

@@ -65,6 +65,8 @@ class StepFacts(NamedTuple):
     """The same where blocks keep their input only and run again for the gradient (networks with `blocks`)."""
     largest_unit_bytes: int
     """The largest block or head: what sharding has to gather as a whole."""
+    regathered_bytes: int
+    """What sharding gathers for second and further calls of a head: twice if it is trained."""
     reduced_bytes: int
     """What objectives sum over processes (centers, Sinkhorn), each once."""
     gathered_bytes: int
@@ -93,7 +95,8 @@ def dry_step(recipe: Recipe, modality: Modality, batch: Batch) -> StepFacts:
         model = _model(recipe, modality, fake)
         groups = {name: replace(group, views=_shaped(group.views, fake)) for name, group in batch.groups.items()}
         batch = replace(batch, groups=groups)
-        flops, parts, activations = _count(model, recipe, batch)
+        with _calls_of_heads(model) as calls:
+            flops, parts, activations = _count(model, recipe, batch)
         _checkpoint_blocks(model)
         recomputed = _bytes_alive(model, recipe, batch)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -125,6 +128,10 @@ def dry_step(recipe: Recipe, modality: Modality, batch: Batch) -> StepFacts:
         activations_bytes=activations,
         recomputed_activations_bytes=recomputed,
         largest_unit_bytes=max(sum(p.nbytes for p in unit.parameters()) for unit in _units(model)),
+        regathered_bytes=sum(
+            (number - 1) * sum(p.nbytes * (1 + p.requires_grad) for p in head.parameters())
+            for head, number in calls.items()
+        ),
         reduced_bytes=reduced,
         gathered_bytes=gathered,
         moments_bytes=sum(size for size, _ in moments.values()),
@@ -202,6 +209,21 @@ def _bytes_alive(model: StudentTeacher, recipe: Recipe, batch: Batch) -> int:
         hook.remove()
     model.zero_grad(set_to_none=True)
     return watch.peak
+
+
+@contextmanager
+def _calls_of_heads(model: StudentTeacher) -> Iterator[dict[nn.Module, int]]:
+    """{head: how often it is called}, filled while the context lasts."""
+    calls: dict[nn.Module, int] = {}
+
+    def count(head: nn.Module, *_: object) -> None:
+        calls[head] = calls.get(head, 0) + 1
+
+    heads = [head for copies in model.heads.values() for head in copies.children()]
+    hooks = [head.register_forward_hook(count) for head in heads]
+    yield calls
+    for hook in hooks:
+        hook.remove()
 
 
 def _attention_backward_flops(gradient: Any, *shapes: Any, **_: Any) -> int:

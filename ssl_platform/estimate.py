@@ -130,7 +130,7 @@ def way_of(recipe: Recipe, gpus: int) -> str:
     return (SHARDS if sharded else COPIES) + RECOMPUTED * recipe.recompute
 
 
-def memories(facts: StepFacts, gpus: int, replicas: int = 1) -> dict[str, costs.Memory]:
+def memories(facts: StepFacts, gpus: int, replicas: int = 1, accumulate: int = 1) -> dict[str, costs.Memory]:
     """{way to distribute: bytes on each GPU}; `replicas` is how many whole copies FSDP2 keeps (HSDP)."""
     return {
         f"{way}{suffix}": costs.memory(
@@ -142,6 +142,7 @@ def memories(facts: StepFacts, gpus: int, replicas: int = 1) -> dict[str, costs.
             activations=activations,
             largest_unit=facts.largest_unit_bytes,
             shards=shards,
+            accumulate=accumulate,
         )
         for way, shards in {COPIES: 1, **({SHARDS: gpus // replicas} if gpus > 1 else {})}.items()
         for suffix, activations in (("", facts.activations_bytes), (RECOMPUTED, facts.recomputed_activations_bytes))
@@ -160,7 +161,13 @@ def traffics(recipe: Recipe, facts: StepFacts, gpus: int, replicas: int = 1) -> 
     share = 0.5 if recipe.precision == "bf16" else 1.0
     return {
         "DDP": costs.ddp_traffic(**shared),
-        SHARDS: costs.fsdp_traffic(**shared, followers=facts.followers_bytes, gather_share=share, replicas=replicas),
+        SHARDS: costs.fsdp_traffic(
+            **shared,
+            followers=facts.followers_bytes,
+            regathered=facts.regathered_bytes,
+            gather_share=share,
+            replicas=replicas,
+        ),
     }
 
 
@@ -186,7 +193,7 @@ def costs_report(recipe: Recipe, assumed: costs.Assumptions, facts: StepFacts, s
     }
     lines |= {f"  {part}": f"{readable(value / size, 'FLOP')} a sample" for part, value in facts.flops_by_part.items()}
     own = way_of(recipe, assumed.gpus)
-    for way, each in memories(facts, assumed.gpus, recipe.parallel.replicas).items():
+    for way, each in memories(facts, assumed.gpus, recipe.parallel.replicas, recipe.accumulate).items():
         fits = "fits" if each.total < gpu.memory else "DOES NOT FIT"
         parts = ", ".join(f"{name} {readable(value, 'B')}" for name, value in each._asdict().items() if value)
         lines[f"memory, {way}{' (this recipe)' * (way == own)}"] = (

@@ -1,5 +1,6 @@
 """What a run is said to cost, against torch's own counters, real checkpoints and real collectives."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,10 @@ from ssl_platform import costs, distributed
 from ssl_platform.config import ConfigError
 from ssl_platform.estimate import calculate, check_start, random_batch
 from ssl_platform.recipe import Recipe, load_recipe
-from ssl_platform.step import build
+from ssl_platform.step import build, train_step
 from ssl_platform.train import main
 from tests import engine
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "configs/smoke/image.yaml"
@@ -53,6 +55,7 @@ def by_timm(model: str) -> dict[str, Any]:
     }
 
 
+SHARED = {"dino": engine.DINO, "ibot": engine.IBOT}
 VERSIONS = {"block": {"name": "random", "ratio": [0.5, 0.5], "probability": 1.0, "num_masks": 2}}
 
 
@@ -128,22 +131,66 @@ def test_objectives_collectives_are_those_that_run(targets: str, monkeypatch: py
     assert facts.gathered_bytes == sum(sizes["gather_with_gradient"]) > 0
 
 
+def bytes_gathered(objectives: list[str]) -> int:
+    """Of whole tensors, by FSDP2 in one step of two ranks."""
+    total = 0
+    name = "all_gather_single" if hasattr(torch.distributed, "all_gather_single") else "all_gather_into_tensor"
+    gather = getattr(torch.distributed, name)
+
+    def watched(output_tensor: Tensor, *arguments: Any, **options: Any) -> Any:
+        nonlocal total
+        total += output_tensor.nbytes
+        return gather(output_tensor, *arguments, **options)
+
+    recipe = engine.recipe(parallel={"method": "fsdp"})
+    parts = build(recipe, recipe.modality.build(None), 8, torch.device("cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.distributed, name, watched)
+        train_step(parts, iter([engine.batch()]), 0, objectives)
+    return total
+
+
+def test_a_head_of_two_objectives_is_gathered_for_each_of_its_calls() -> None:
+    alone, both = (engine.recipe(objectives=chosen) for chosen in ({"dino": engine.DINO}, SHARED))
+    once, twice = (calculate(recipe, recipe.modality.build(None), 1) for recipe in (alone, both))
+    head = sum(p.numel() for p in engine.model().heads["dino"]["student"].parameters()) * 4  # type: ignore[index, union-attr]
+    assert once.regathered_bytes == 0 and twice.regathered_bytes == 3 * head
+    real = [run_ranks(2, bytes_gathered, names)[0] for names in (["dino"], ["dino", "ibot"])]
+    assert real[1] - real[0] == pytest.approx(3 * head, rel=0.1), real  # shards are padded
+
+
 def test_arithmetic() -> None:
     assert costs.all_reduce(100, 1) == 0 and costs.all_reduce(100, 4) == 150 and costs.all_gather(100, 4) == 75
     whole = costs.memory(trained=8, moments=16, followers=4, state=1, batch=2, activations=32, largest_unit=2)
     assert whole.total == 8 + 8 + 16 + 4 + 1 + 2 + 32
     parts = costs.memory(trained=8, moments=16, followers=4, state=1, batch=2, activations=32, largest_unit=2, shards=4)
     assert parts.total == 9 + 1 + 2 + 32 + 3 * 2
+    numbers = {"trained": 8, "moments": 16, "followers": 4, "state": 1, "batch": 2, "activations": 32}
+    several = costs.memory(**numbers, largest_unit=2, shards=4, accumulate=3)
+    assert several == parts._replace(gradients=8), "FSDP2 sums over GPUs after the last micro-batch"
     ddp = costs.ddp_traffic(trained=100, reduced=10, gathered=0, accumulate=3, gpus=2)
     assert ddp == (100, 0, 30)
     fsdp = costs.fsdp_traffic(trained=100, followers=100, reduced=0, gathered=0, accumulate=2, gpus=2, gather_share=0.5)
     assert fsdp == (50, 150, 0)
     numbers = {"trained": 100, "followers": 100, "reduced": 0, "gathered": 0, "accumulate": 1, "gather_share": 1.0}
+    again = costs.fsdp_traffic(**numbers, gpus=4, regathered=40)
+    assert again.weights == 0.75 * 340
     two_by_four = costs.fsdp_traffic(**numbers, gpus=8, replicas=2)
     assert two_by_four == (75 + 25, 225, 0), "scattered among 4, then a quarter is summed over 2"
     time = costs.step_time(flops=100, peak=100, mfu=0.5, sent=20, link=10)
     assert time == (2, 2) and time.share == 0.5
     assert costs.Assumptions(gpus=8).link == 450e9 and costs.Assumptions(gpus=16).link == 50e9
+
+
+def test_gradients_of_several_micro_batches_are_whole_in_the_report(capsys: pytest.CaptureFixture[str]) -> None:
+    """Of fewer samples at a time, so activations are less, and gradients in shards would be, too."""
+    said = {}
+    for accumulate in (1, 2):
+        assert main([str(SMOKE), "--estimate", "gpus=4", f"accumulate={accumulate}"]) == 0
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("memory, ")]
+        said[accumulate] = {line.split("  ")[0]: re.findall(r"gradients ([\d.]+ \w+)", line)[0] for line in lines}
+    alone = said[1]["memory, one copy a GPU (this recipe)"]
+    assert said[1]["memory, FSDP2"] != alone and set(said[2].values()) == {alone}
 
 
 def test_the_command_calculates(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -168,6 +169,30 @@ def test_kernel_equals_torch_in_tritons_interpreter() -> None:
         command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=200, check=False
     )
     assert found.returncode == 0, found.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("Failed to find C compiler"),
+        subprocess.CalledProcessError(1, ["gcc"]),
+        PermissionError(13, "cache"),
+    ],
+)
+def test_where_triton_cannot_compile_torch_takes_over(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def row_losses(*_: object) -> Tensor:
+        raise error
+
+    monkeypatch.setattr(_cross_entropy.logger, "propagate", True)  # a run switches it off
+    kernel = SimpleNamespace(row_losses=row_losses)
+    monkeypatch.setitem(sys.modules, "ssl_platform.objectives._cross_entropy_triton", kernel)  # type: ignore[arg-type]
+    assert _cross_entropy._triton.__wrapped__(torch.device("cpu")) is None
+    assert str(error).partition("\n")[0] in caplog.text and "apt install gcc python3-dev" in caplog.text
+    error = torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.OutOfMemoryError):
+        _cross_entropy._triton.__wrapped__(torch.device("cpu"))
 
 
 def test_the_cpu_takes_the_torch_version() -> None:

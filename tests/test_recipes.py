@@ -10,6 +10,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from ssl_platform.estimate import calculate, memories, way_of
 from ssl_platform.recipe import Recipe, build_networks, load_recipe
 from ssl_platform.train import main
 
@@ -167,6 +168,16 @@ def test_every_deviation_from_dinov2_has_its_reason(path: Path) -> None:
         assert "DINOv2:" in reason or "DINOv2 has none" in reason, (
             f"{key} differs, and line {found + 1} does not say why"
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_memory_in_the_first_lines_is_what_is_calculated(path: Path) -> None:
+    recipe, gpus = loaded(path), world_size(command(path))
+    [said] = re.findall(r"([\d.]+)\s(?:# )?GB (?:calculated|a GPU)", path.read_text(encoding="utf-8"))
+    facts = calculate(recipe, recipe.modality.build(None), gpus)
+    memory = memories(facts, gpus, recipe.parallel.replicas, recipe.accumulate)[way_of(recipe, gpus)]
+    assert float(said) == pytest.approx(memory.total / 1e9, rel=0.03)
 
 
 def line_of(key: str, lines: list[str]) -> int:

@@ -4,6 +4,7 @@ Both work on a few rows at a time, which stay in a core's cache, and the cross-e
 gradient: what the forward pass computes anyway. On CUDA it is one Triton kernel where Triton is installed.
 """
 
+import subprocess
 from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from ssl_platform.log import logger
 
 CHUNK_ELEMENTS = {"cpu": 1 << 18, "cuda": 1 << 26}
 """How many numbers are worked on at a time: on a CPU what stays in a core's cache, on CUDA few kernels."""
@@ -90,15 +93,28 @@ def _by_chunks(logits: Tensor, targets: Tensor, temperature: float, mass: float,
 
 
 @cache
-def _triton() -> Rows | None:
-    """The kernel, where Triton is installed (with torch's CUDA builds for Linux)."""
+def _triton(device: torch.device) -> Rows | None:
+    """The kernel, where Triton is installed (with torch's CUDA builds for Linux) and finds the C compiler that it needs."""
     try:
         from ssl_platform.objectives._cross_entropy_triton import row_losses
+
+        one = torch.ones(1, 1, device=device)
+        row_losses(one, one, 1.0, 1.0, None)  # compiles it
     except ImportError:
+        return None
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        logger.warning(
+            "Triton cannot compile the kernel of the cross-entropy, torch's operators take its place (slower, the same "
+            "result): %s. It needs a C compiler and Python's headers: apt install gcc python3-dev",
+            reason,
+        )
         return None
     return row_losses
 
 
 def _row_losses(logits: Tensor) -> Rows:
     on_gpu = logits.device.type == "cuda" and logits.dtype != torch.float64
-    return (_triton() if on_gpu else None) or _by_chunks
+    return (_triton(logits.device) if on_gpu else None) or _by_chunks
