@@ -275,8 +275,3 @@ def no_sync(module: nn.Module, wanted: bool) -> Iterator[None]:
         sharding.average_gradients(module, not wanted)
     with module.no_sync() if wanted and isinstance(module, DistributedDataParallel) else nullcontext():
         yield
-
-
-def any_rank(flag: bool) -> bool:
-    """Whether it is true on any rank: the same answer everywhere."""
-    return bool(total(torch.tensor(float(flag))).item())

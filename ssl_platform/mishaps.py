@@ -10,7 +10,7 @@ from ssl_platform.step import OutOfMemory, Parts, StepResult
 def keep_count(recipe: Recipe, parts: Parts, result: StepResult, step: int) -> None:
     """Counts and records skipped steps and replaced samples of all ranks; stops the run when they are too many."""
     parts.counters["filtered_samples"] += result.filtered
-    if not distributed.any_rank(bool(result.skipped or result.replaced)):
+    if not result.skipped and not result.num_replaced:
         return
     reports = distributed.gather_objects((result.keys, result.replaced))
     replaced = [line for _, lines in reports for line in lines]

@@ -95,8 +95,9 @@ class StepResult:
     grad_norms: dict[str, Tensor]
     keys: list[str]
     replaced: list[str]
+    num_replaced: int
+    """Of all ranks, as are `filtered`, `skipped`, `stopping`, whether a signal asked any of them to stop, and `saved`."""
     filtered: int
-    """Of all ranks, as are `skipped`, `stopping`, whether a signal asked any of them to stop, and `saved`."""
     skipped: bool
     stopping: bool = False
     saved: bool = False
@@ -160,9 +161,10 @@ def train_step(
     finite = bool(torch.isfinite(torch.stack([loss, *(norm.to(loss.device) for norm in grad_norms.values())])).all())
     bad = _not_finite([output.features for output in outputs]) if not finite else []
     bad_losses = _not_finite([output.loss for output in outputs]) if not finite else []
-    mine = torch.tensor([not finite, any(bad), any(bad_losses), bool(stop), saved(), filtered], dtype=torch.float64)
-    # One collective for all.
-    skipped, num_bad, num_bad_losses, stopping, num_saved, filtered = map(int, distributed.total(mine).tolist())
+    flags = [not finite, any(bad), any(bad_losses), bool(stop), saved()]
+    mine = torch.tensor([*flags, filtered, len(replaced)], dtype=torch.float64)
+    told = map(int, distributed.total(mine).tolist())  # one collective for all
+    skipped, num_bad, num_bad_losses, stopping, num_saved, filtered, num_replaced = told
     peers.at(step + 1, "updating the networks")
     if not skipped:
         with _memory_told(every_key):
@@ -181,6 +183,7 @@ def train_step(
         grad_norms,
         bad_keys,
         replaced,
+        num_replaced,
         filtered,
         bool(skipped),
         bool(stopping),

@@ -224,6 +224,12 @@ def test_names_of_nothing_are_refused() -> None:
     assert "objectives.gram.teacher_group: 'gram' does not exist; there are: global, local" in str(error.value)
 
 
+def test_a_teacher_that_is_trained_is_refused() -> None:
+    with pytest.raises(ConfigError) as error:
+        engine.recipe(objectives={"gram": {"name": "gram", "teacher": "student"}})
+    assert "objectives.gram.teacher: 'student' is trained; name a network with update: snapshot" in str(error.value)
+
+
 def test_other_crops_and_unknown_grids_are_refused() -> None:
     objective, student, teacher = make(), rows(2, 3, 4, 5), rows(2, 3, 16, 5)
     with pytest.raises(ConfigError) as error:

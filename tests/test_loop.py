@@ -190,7 +190,7 @@ def test_ranks_skip_together() -> None:
 def test_skipped_steps_are_counted_recorded_and_limited(tmp_path: Path) -> None:
     parts, recipe = engine.parts(), engine.recipe(run_dir=str(tmp_path), max_skipped_steps=1)
     zero = torch.zeros(())
-    result = StepResult(zero, {}, {}, {}, keys=["a", "b"], replaced=[], filtered=0, skipped=True)
+    result = StepResult(zero, {}, {}, {}, keys=["a", "b"], replaced=[], num_replaced=0, filtered=0, skipped=True)
     keep_count(recipe, parts, result, 5)
     assert parts.counters["skipped_steps"] == 1
     assert json.loads((tmp_path / "events.jsonl").read_text()) == {
@@ -211,7 +211,8 @@ def test_replaced_samples_are_counted_recorded_and_limited(tmp_path: Path) -> No
 
     def result(*replaced: str) -> StepResult:
         zero = torch.zeros(())
-        return StepResult(zero, {}, {}, {}, keys=[], replaced=list(replaced), filtered=3, skipped=False)
+        number = len(replaced)
+        return StepResult(zero, {}, {}, {}, [], list(replaced), num_replaced=number, filtered=3, skipped=False)
 
     keep_count(recipe, parts, result("0.tar: x: broken", "0.tar: y: broken"), 1)
     assert len((tmp_path / "events.jsonl").read_text().splitlines()) == 2

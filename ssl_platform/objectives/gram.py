@@ -5,8 +5,8 @@ The earlier network is a copy of the teacher taken now and then, and best sees t
     networks: {gram: {update: snapshot, of: teacher, first_step: 0, every: 10000, max_updates: 3}}
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 from ssl_platform.backbones import Features
 from ssl_platform.backbones._positions import resize_tokens
 from ssl_platform.config import ConfigError
+from ssl_platform.modalities import GroupSpec
 from ssl_platform.objectives import BuildContext, Forward, Loss, Objective, ObjectiveConfig, Outputs
 from ssl_platform.views import Batch
 
@@ -50,6 +51,11 @@ class Config(ObjectiveConfig):
                 f"tokens: {self.tokens} needs masks, and level: batch, as views then differ in their number"
             )
         return self
+
+    def problems(self, networks: Mapping[str, Any], groups: Mapping[str, GroupSpec]) -> list[str]:
+        if networks[self.teacher].update != "grad":
+            return []
+        return [f"teacher: '{self.teacher}' is trained; name a network with update: snapshot, frozen or ema"]
 
     def build(self, context: BuildContext) -> "Gram":
         return Gram(
