@@ -206,7 +206,10 @@ def test_one_fetch_for_many_threads(server: Server, tmp_path: Path) -> None:
     assert server.tars() == {"shard-000000.tar": 1}
 
 
-def test_a_transfer_that_ends_while_room_is_counted_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("reserved_before", [0, 700], ids=["ended when its lock is read", "ended after that"])
+def test_a_transfer_that_ends_while_room_is_counted_is_counted_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reserved_before: int
+) -> None:
     cache = ShardCache(tmp_path / "cache", 1000, time.time(), Transfers(5, 0, threading.Event()))
     entry = cache.entry(Url("http://host/data/a.tar"))
     entry.folder.mkdir(parents=True)
@@ -216,7 +219,7 @@ def test_a_transfer_that_ends_while_room_is_counted_is_counted(tmp_path: Path, m
     def ends_meanwhile(found: Entry) -> int:
         assert found == entry
         entry.beside("part").rename(entry.file)
-        return 0
+        return reserved_before
 
     monkeypatch.setattr(cache, "_reserved", ends_meanwhile)
     files, reserved = cache._survey()

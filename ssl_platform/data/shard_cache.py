@@ -224,18 +224,21 @@ class ShardCache:
     def _survey(self) -> tuple[list[tuple[Entry, os.stat_result]], int]:
         """The complete files, and the bytes that transfers now running will need. Removes what killed ones left.
 
-        Transfers first: one that ends meanwhile is counted twice, and never in neither place.
+        Transfers first, so that one that ends meanwhile is in both places, and it is counted as the file that it is now:
+        counted twice it would push out a file that somebody is about to read.
         """
         folders = [folder for folder in self.folder.iterdir() if folder.is_dir()]
-        files, reserved = [], 0
+        files: list[tuple[Entry, os.stat_result]] = []
+        reserved: dict[Entry, int] = {}
         for item in [item for folder in folders for item in os.scandir(folder) if item.name.endswith(".lock")]:
             with suppress(FileNotFoundError):
                 if item.stat().st_size:
-                    reserved += self._reserved(Entry(Path(item.path).parent, item.name[1:-5]))
+                    entry = Entry(Path(item.path).parent, item.name[1:-5])
+                    reserved[entry] = self._reserved(entry)
         for item in [item for folder in folders for item in os.scandir(folder) if not item.name.startswith(".")]:
             with suppress(FileNotFoundError):
                 files.append((Entry(Path(item.path).parent, item.name), item.stat()))
-        return files, reserved
+        return files, sum(reserved[entry] for entry in reserved.keys() - {entry for entry, _ in files})
 
     def _reserved(self, entry: Entry) -> int:
         with self._lock(entry) as taken:
