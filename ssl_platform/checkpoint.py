@@ -52,6 +52,8 @@ class TrainState:
     """Skipped steps, replacements of bad samples, samples that a filter left out."""
     bad_samples: list[str] = field(default_factory=list)
     """Those replaced so far, once each."""
+    overdue: list[str] = field(default_factory=list)
+    """Networks whose snapshot was due in a skipped step, and is still to be taken."""
     versions: dict[str, str] = field(default_factory=dict)
 
 

@@ -1,8 +1,11 @@
 """What must hold across the sections of a recipe, one readable line for each problem."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ssl_platform.config import Config
+from ssl_platform.modalities import GroupSpec
+from ssl_platform.objectives import Objective
 from ssl_platform.optim import Cosine
 
 if TYPE_CHECKING:
@@ -73,6 +76,36 @@ def doubtful(recipe: "Recipe") -> list[str]:
     ]
 
 
+SAMPLED_STEPS = 256
+"""Of each stage, at which objectives are asked what they need: one that begins late, or in turns, must be seen."""
+
+
+def unseen(recipe: "Recipe", groups: Mapping[str, GroupSpec], objectives: Mapping[str, Objective]) -> list[str]:
+    """Groups of views that are made in every step and that no objective ever asks for, one line each."""
+    seen, begin = {"global"}, 0  # which every modality makes
+    for stage in recipe.stages.values() or [None]:
+        active = list(objectives) if stage is None or stage.objectives is None else stage.objectives
+        end = begin + (recipe.steps if stage is None else stage.steps * stage.repeat)
+        steps = {*range(begin, end, max((end - begin) // SAMPLED_STEPS, 1)), end - 1}
+        seen |= {request.group for name in active for step in steps for request in objectives[name].requests(step)}
+        for section in (recipe.objectives[name] for name in active):  # one may look at a group without a forward pass
+            seen |= {value for _, value in section if isinstance(value, str)}
+        begin = end
+    seen |= {groups[name].shows for name in seen & groups.keys()} - {None}
+    return [_wasted(recipe.modality, name, groups[name]) for name in groups if name not in seen]
+
+
+def _wasted(modality: Any, name: str, group: GroupSpec) -> str:
+    """Names the key that describes the group where the modality has one section for each, such as `crops` of images."""
+    key = next((key for key, value in modality if isinstance(value, dict) and isinstance(value.get(name), Config)), "")
+    where = f"modality.{key}.{name}" if key else "modality"
+    remedy = f"set {where}.num: 0" if key and hasattr(getattr(modality, key)[name], "num") else "leave it out"
+    return (
+        f"{where}: no objective sees the group '{name}', {group.num_views} views of every sample that are made in vain; "
+        f"{remedy}, or name the group in an objective"
+    )
+
+
 def check_names(recipe: "Recipe") -> list[str]:
     """References to networks, heads, groups, masks and objectives that do not exist, one line each."""
     lines = []
@@ -140,7 +173,43 @@ def _check_requests(recipe: "Recipe") -> list[str]:
         if not lines:
             lines += _check_uses(recipe, name, objective)
             lines += [f"objectives.{name}.{problem}" for problem in objective.problems(recipe.networks, groups)]
+            lines += _check_teachers(recipe, name, objective)
     return lines
+
+
+def _check_teachers(recipe: "Recipe", name: str, objective: Any) -> list[str]:
+    """Frozen teachers that are still random when the objective first needs them."""
+    random = {
+        network
+        for network, section in recipe.networks.items()
+        if section.update == "frozen" and not _has_weights(network, recipe.networks)
+    }
+    for stage in recipe.stages.values():
+        random -= stage.init.keys()
+        if stage.objectives is None or name in stage.objectives:
+            break
+    return [
+        f"objectives.{name}.{key}: is frozen and random, and teaches nothing; say where its weights are: "
+        f"networks.{teacher}.init"
+        for key, teacher in objective.taught_by().items()
+        if teacher in random
+    ]
+
+
+def _has_weights(name: str, networks: Mapping[str, Any]) -> bool:
+    """Whether a network, or the one that it is a copy of, starts from weights that are not random.
+
+    A backbone from outside this package may bring weights of its own.
+    """
+    seen: set[str] = set()
+    while name in networks and name not in seen:
+        seen.add(name)
+        network = networks[name]
+        foreign = network.backbone is not None and not type(network.backbone).__module__.startswith("ssl_platform.")
+        if network.init is not None or getattr(network.backbone, "pretrained", foreign):
+            return True
+        name = network.of if network.backbone is None else ""
+    return False
 
 
 def _check_uses(recipe: "Recipe", name: str, objective: Any) -> list[str]:

@@ -59,6 +59,7 @@ def save(run: Run, step: int) -> None:
         statistics=parts.statistics,
         counters=dict(parts.counters),
         bad_samples=sorted(parts.bad_samples),
+        overdue=sorted(parts.student_teacher.overdue),
         versions={"ssl_platform": __version__, "torch": torch.__version__},
     )
     model, moments = parts.student_teacher.state_dict(), checkpoint.optimizer_tensors(parts.optimizer)
@@ -149,6 +150,7 @@ def resume(found: Found | None, parts: Parts) -> int:
     checkpoint.load_optimizer(parts.optimizer, path)
     parts.counters.update(state.counters)
     parts.bad_samples.update(state.bad_samples)
+    parts.student_teacher.overdue.update(state.overdue)
     if state.world_size != distributed.world_size():
         logger.info(
             "saved by %d ranks, going on with %d: equal up to rounding", state.world_size, distributed.world_size()

@@ -171,6 +171,8 @@ def train_step(
             parts.optimizer.step()
             parts.student_teacher.update(step)
             parts.student_teacher.commit(step, [output.pending for output in outputs])
+    else:
+        parts.student_teacher.skip(step)
     parts.optimizer.zero_grad()
     terms, step_metrics = _mean([o.terms for o in outputs]), _mean([o.metrics for o in outputs], skip_nan=True)
     # Features of one rank that are not finite spoil losses that look at all ranks, and its loss the averaged gradients.

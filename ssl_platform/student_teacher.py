@@ -64,6 +64,8 @@ class StudentTeacher(nn.Module):
         self.heads = nn.ModuleDict({name: nn.ModuleDict(copies) for name, copies in heads.items()})
         self.objectives = nn.ModuleDict(objectives)
         self.roles, self.weights = roles, weights
+        self.overdue: set[str] = set()
+        """Networks whose snapshot was due in a step that was skipped: it is taken after the next one that is not."""
         for name, role in roles.items():
             if role.update != "grad":
                 for module in self._of_network(name):
@@ -112,9 +114,16 @@ class StudentTeacher(nn.Module):
             if role.update == "ema":
                 for follower, followed in self._pairs(name, role):
                     follow(follower, followed, role.momentum(step), role.buffers)
-            elif role.update == "snapshot" and _is_taken(role, step):
+            elif role.update == "snapshot" and (name in self.overdue or _is_taken(role, step)):
                 for follower, followed in self._pairs(name, role):
                     follow(follower, followed, 0.0, role.buffers)
+        self.overdue.clear()
+
+    def skip(self, step: int) -> None:
+        """Remembers which snapshots step `step` would have taken; called instead of `update` if it was not finite."""
+        self.overdue |= {
+            name for name, role in self.roles.items() if role.update == "snapshot" and _is_taken(role, step)
+        }
 
     @torch.no_grad()
     def commit(self, step: int, pending: Sequence[dict[str, dict[str, Tensor]]]) -> None:

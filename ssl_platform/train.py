@@ -31,7 +31,7 @@ from ssl_platform.monitors import Monitor
 from ssl_platform.optim import peak, peak_rates
 from ssl_platform.progress import Clock, StopFlag
 from ssl_platform.recipe import Recipe, build_modality, load_recipe, open_index, open_order
-from ssl_platform.recipe_checks import doubtful
+from ssl_platform.recipe_checks import doubtful, unseen
 from ssl_platform.run_folder import Run, TrainingStopped, find, report, resume, save, settle, wandb_arguments
 from ssl_platform.saving import Saver
 from ssl_platform.stages import StageContext
@@ -220,7 +220,10 @@ def say_what_begins(run: Run, device: torch.device) -> None:
         logger.info("%s", line)
     for line in summary(recipe.data.sources, order, recipe.steps * recipe.batch_size) if recipe.data.sources else ():
         logger.info("%s", line)
-    for line in doubtful(recipe) + doubtful_cache(recipe.data.cache_shards, recipe.data.window_shards, index, order):
+    student_teacher = parts.student_teacher
+    objectives = {name: student_teacher.objective(name) for name in recipe.objectives}
+    lines = doubtful(recipe) + unseen(recipe, run.modality.groups, objectives)
+    for line in lines + doubtful_cache(recipe.data.cache_shards, recipe.data.window_shards, index, order):
         logger.warning("%s", line)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssl_platform.backbones import Features
 from ssl_platform.backbones._positions import resize_tokens
+from ssl_platform.checkpoint import read_state, read_tensors
 from ssl_platform.config import ConfigError, validate
 from ssl_platform.objectives import Forward, Outputs
 from ssl_platform.objectives.gram import Config, Gram, gram_loss
@@ -239,3 +240,98 @@ def test_other_crops_and_unknown_grids_are_refused() -> None:
         objective.loss(outputs_of(objective, student, teacher, (None, None)), batch_of(), 0)
     assert "'gram' has 16 patches and 'student' 4, of no known grid" in str(error.value)
     assert objective.requests(0) == [Forward("student", "global"), Forward("gram", "gram")]
+
+
+# -- a teacher that is never filled -----------------------------------------------------------------------------------
+
+FROZEN = {"student": {"backbone": engine.VIT}, "gram": {"backbone": engine.VIT, "update": "frozen"}}
+ONLY_GRAM = {"objectives": {"gram": {"name": "gram"}}, "heads": {}}
+LATE = {"first": {"steps": 4, "objectives": ["other"]}, "second": {"steps": 6}}
+
+
+@pytest.mark.parametrize(
+    "gram",
+    [{}, {"of": "student", "backbone": None}, {"backbone": {"name": "timm_models", "model": "test_vit"}}],
+    ids=["own backbone", "a copy of the random student", "timm"],
+)
+def test_a_frozen_teacher_that_stays_random_is_refused(gram: dict[str, Any]) -> None:
+    networks = FROZEN | {"gram": FROZEN["gram"] | gram}
+    with pytest.raises(ConfigError) as error:
+        engine.recipe(networks=networks, **ONLY_GRAM)
+    expected = "objectives.gram.teacher: is frozen and random, and teaches nothing; say where its weights are: networks.gram.init"
+    assert expected in str(error.value)
+
+
+def test_a_stage_that_fills_the_teacher_too_late_is_refused() -> None:
+    stages = {"first": {"steps": 4}, "second": {"steps": 6, "init": {"gram": "student"}}}
+    with pytest.raises(ConfigError, match="frozen and random"):
+        engine.recipe(networks=FROZEN, stages=stages, **ONLY_GRAM)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"networks": FROZEN | {"gram": FROZEN["gram"] | {"init": {"path": "weights.pth"}}}},
+        {"networks": FROZEN | {"gram": {"update": "snapshot", "of": "student"}}},
+        {"networks": FROZEN | {"gram": {"update": "ema", "of": "student"}}},
+        {"stages": {"only": {"steps": 10, "init": {"gram": "student"}}}},
+        {
+            "objectives": {"gram": {"name": "gram"}, "other": {"name": "gram", "teacher": "snapshot"}},
+            "networks": FROZEN | {"snapshot": {"update": "snapshot", "of": "student"}},
+            "stages": LATE | {"second": {"steps": 6, "init": {"gram": "student"}}},
+        },
+        {"networks": FROZEN | {"gram": {"update": "frozen", "of": "student"}, "student": {
+            "backbone": engine.VIT, "init": {"path": "weights.pth"}}}},
+    ],
+    ids=["init", "snapshot", "ema", "a stage's init", "a late stage's init", "a copy of a network with init"],
+)  # fmt: skip
+def test_a_teacher_that_something_fills_is_taken(changes: dict[str, Any]) -> None:
+    engine.recipe(**({"networks": FROZEN} | ONLY_GRAM | changes))
+
+
+# -- a snapshot that falls on a skipped step ---------------------------------------------------------------------------
+
+
+def test_a_snapshot_due_in_a_skipped_step_is_taken_after_the_next_good_one() -> None:
+    role = {"update": "snapshot", "of": "student", "first_step": 1, "every": 10}
+    parts = engine.parts(networks={"student": {"backbone": engine.VIT}, "gram": role}, **ONLY_GRAM)
+    model = parts.student_teacher
+    student, gram = (model.networks[name].cls_token for name in ("student", "gram"))
+    first = gram.detach().clone()
+    for step in range(4):
+        batch = engine.batch(step)
+        if step == 1:
+            batch.groups["global"].views.fill_(torch.nan)
+        assert train_step(parts, iter([batch]), step, ["gram"]).skipped == (step == 1)
+        with torch.no_grad():
+            assert torch.equal(gram, first) == (step < 2), step
+            if step == 2:
+                assert torch.equal(gram, student) and not torch.equal(gram, first)
+        assert model.overdue == ({"gram"} if step == 1 else set())
+    assert not torch.equal(gram, student), "once"
+
+
+def test_an_overdue_snapshot_survives_a_resume(shards: Path, tmp_path: Path, monkeypatch: Any) -> None:  # noqa: F811
+    networks = {
+        "student": {"backbone": engine.VIT},
+        "teacher": {"update": "ema", "of": "student", "momentum": 0.9},
+        "gram": {"update": "snapshot", "of": "student", "first_step": 1, "every": 10},
+    }
+    original = Gram.loss
+
+    def loss(self: Gram, outputs: Outputs, batch: Batch, step: int) -> Any:
+        found = original(self, outputs, batch, step)
+        return found._replace(terms={"loss": found.terms["loss"] * torch.nan}) if step == 1 else found
+
+    monkeypatch.setattr(Gram, "loss", loss)
+    found = []
+    for name, ends in (("whole", [4]), ("resumed", [2, 4])):
+        run = recipe("gram", shards, tmp_path / name, networks=networks, steps=4)
+        for end in ends:
+            train(run.model_copy(update={"steps": end}), torch.device("cpu"))
+        found.append(read_tensors(tmp_path / name / "checkpoints/step_00000004", "model"))
+    assert read_state(tmp_path / "resumed/checkpoints/step_00000002").overdue == ["gram"]
+    assert read_state(tmp_path / "resumed/checkpoints/step_00000004").overdue == []
+    whole, resumed = found
+    assert all(torch.equal(whole[key], resumed[key]) for key in whole)
+    assert not torch.equal(whole["networks.gram.cls_token"], whole["networks.student.cls_token"])

@@ -74,6 +74,10 @@ class ObjectiveConfig(PluginConfig):
         """What does not go together with the run's networks (their sections) and groups: lines that begin with a key."""
         return []
 
+    def taught_by(self) -> dict[str, str]:
+        """{key: network} of the teachers in this section that teach nothing while they are random."""
+        return {}
+
 
 class Objective(nn.Module):
     """One loss. Its own parameters are trained if they require gradients; its buffers change only in `commit`."""

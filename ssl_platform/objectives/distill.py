@@ -86,8 +86,6 @@ class Config(ObjectiveConfig):
                 f"has update: {networks[name].update}, but a teacher must stay as it is; set networks.{name}.update: frozen"
             ]
         lines = []
-        if not _has_weights(name, networks):
-            lines.append(f"is frozen and random, and teaches nothing; say where its weights are: networks.{name}.init")
         if teacher.cls_weight == teacher.patch_weight == 0:
             lines.append("both weights are 0; leave the teacher out, or give one of them a value")
         seen = teacher.group or self.group
@@ -104,6 +102,9 @@ class Config(ObjectiveConfig):
         if len(made) != len(shown) or made[0] != shown[0]:
             lines.append(f"is made for views of shape {made} (networks.{name}.inputs), but '{seen}' has {shown}")
         return lines
+
+    def taught_by(self) -> dict[str, str]:
+        return {f"teachers.{name}": name for name in self.teachers}
 
     def build(self, context: BuildContext) -> "Distill":
         weights = {
@@ -131,18 +132,6 @@ class Config(ObjectiveConfig):
             distances={"cls": self.cls_distance, "patches": self.patch_distance},
             places=self.places,
         )
-
-
-def _has_weights(name: str, networks: Mapping[str, Any]) -> bool:
-    """Whether a network, or the one that it is a copy of, starts from weights that are not random."""
-    seen: set[str] = set()
-    while name in networks and name not in seen:
-        seen.add(name)
-        network = networks[name]
-        if network.init is not None or getattr(network.backbone, "pretrained", False):
-            return True
-        name = network.of if network.backbone is None else ""
-    return False
 
 
 class Distill(Objective):

@@ -57,6 +57,9 @@ class Config(ObjectiveConfig):
             return []
         return [f"teacher: '{self.teacher}' is trained; name a network with update: snapshot, frozen or ema"]
 
+    def taught_by(self) -> dict[str, str]:
+        return {"teacher": self.teacher}
+
     def build(self, context: BuildContext) -> "Gram":
         return Gram(
             Forward(self.student, self.group, self.masks),
