@@ -46,6 +46,8 @@ class StepFacts(NamedTuple):
 
     flops: int
     """Operations of matrix products, forward and backward, by torch's counter, without recomputing blocks."""
+    recomputed_flops: int
+    """Operations that come on top of them where the recipe has `recompute`: blocks that run again; else 0."""
     flops_by_part: dict[str, int]
     """{network or head of a network: operations}, and "rest": the objectives' own products.
 
@@ -99,6 +101,7 @@ def dry_step(recipe: Recipe, modality: Modality, batch: Batch) -> StepFacts:
             flops, parts, activations = _count(model, recipe, batch)
         _checkpoint_blocks(model)
         recomputed = _bytes_alive(model, recipe, batch)
+        again = _flops(model, recipe, batch) - flops if recipe.recompute else 0
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ConfigError(
             [
@@ -119,6 +122,7 @@ def dry_step(recipe: Recipe, modality: Modality, batch: Batch) -> StepFacts:
     }
     return StepFacts(
         flops=flops,
+        recomputed_flops=again,
         flops_by_part=parts,
         trained=sum(p.numel() for _, p in trained),
         trained_bytes=sum(p.nbytes for _, p in trained),
@@ -177,17 +181,29 @@ def _sizes_and_shapes(
 
 def _count(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, dict[str, int], int]:
     """(operations, those of each part, the most bytes alive) of the forward and backward pass."""
+    with ExitStack() as stack:
+        counted = stack.enter_context(Counted(model)) if countable(model) else None
+        counter = stack.enter_context(_counter())
+        alive = _bytes_alive(model, recipe, batch)
+    total = counter.get_total_flops()
+    return total, counted.parts | {"rest": total - counted.total} if counted else {}, alive
+
+
+def _flops(model: StudentTeacher, recipe: Recipe, batch: Batch) -> int:
+    """Operations of the forward and backward pass, with what is recomputed in it."""
+    with _counter() as counter:
+        model(batch, 0, list(recipe.objectives)).loss.backward()
+    model.zero_grad(set_to_none=True)
+    return int(counter.get_total_flops())
+
+
+def _counter() -> FlopCounterMode:
     # Twice the forward for the backward, as the formula has it; kernels that compute the scores again do more.
     mapping = {
         aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     }
-    with ExitStack() as stack:
-        counted = stack.enter_context(Counted(model)) if countable(model) else None
-        counter = stack.enter_context(FlopCounterMode(display=False, custom_mapping=mapping))
-        alive = _bytes_alive(model, recipe, batch)
-    total = counter.get_total_flops()
-    return total, counted.parts | {"rest": total - counted.total} if counted else {}, alive
+    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 def _bytes_alive(model: StudentTeacher, recipe: Recipe, batch: Batch) -> int:

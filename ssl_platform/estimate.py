@@ -174,11 +174,11 @@ def traffics(recipe: Recipe, facts: StepFacts, gpus: int, replicas: int = 1) -> 
 def costs_report(recipe: Recipe, assumed: costs.Assumptions, facts: StepFacts, sample_bytes: float) -> str:
     """The report's text: what is exact, what is calculated, what is assumed."""
     gpu, size = costs.GPUS[assumed.gpu], recipe.batch_size // (assumed.gpus * recipe.accumulate)
-    flops = facts.flops * recipe.accumulate
+    flops, again = facts.flops * recipe.accumulate, facts.recomputed_flops * recipe.accumulate
     peak = gpu.bf16 if recipe.precision == "bf16" else gpu.fp32
     sent = traffics(recipe, facts, assumed.gpus, recipe.parallel.replicas)
     times = {
-        way: costs.step_time(flops=flops, peak=peak, mfu=assumed.mfu, sent=each.total, link=assumed.link)
+        way: costs.step_time(flops=flops + again, peak=peak, mfu=assumed.mfu, sent=each.total, link=assumed.link)
         for way, each in sent.items()
     }
     seconds = times["DDP"].computing
@@ -191,6 +191,10 @@ def costs_report(recipe: Recipe, assumed: costs.Assumptions, facts: StepFacts, s
         "FLOPs": f"{readable(flops * assumed.gpus, 'FLOP')} a step, {readable(facts.flops / size, 'FLOP')} a sample "
         "(matrix products, forward and backward)",
     }
+    if again:
+        lines["  recomputed"] = (
+            f"{again / flops:.0%} more, for blocks that run twice: in the time below, not in these FLOPs"
+        )
     lines |= {f"  {part}": f"{readable(value / size, 'FLOP')} a sample" for part, value in facts.flops_by_part.items()}
     own = way_of(recipe, assumed.gpus)
     for way, each in memories(facts, assumed.gpus, recipe.parallel.replicas, recipe.accumulate).items():

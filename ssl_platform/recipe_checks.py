@@ -76,7 +76,7 @@ def doubtful(recipe: "Recipe") -> list[str]:
     ]
 
 
-SAMPLED_STEPS = 256
+SAMPLED_STEPS = 1024
 """Of each stage, at which objectives are asked what they need: one that begins late, or in turns, must be seen."""
 
 

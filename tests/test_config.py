@@ -8,8 +8,9 @@ import pytest
 import yaml
 
 from ssl_platform.config import ConfigError, load_config, plugin_class, plugin_names, to_yaml, validate
+from ssl_platform.objectives import Forward, Objective
 from ssl_platform.recipe import Recipe, load_recipe
-from ssl_platform.recipe_checks import doubtful
+from ssl_platform.recipe_checks import doubtful, unseen
 from tests import engine
 
 
@@ -139,6 +140,63 @@ def test_a_warm_up_as_long_as_the_run_is_doubtful() -> None:
         "optim.lr.warmup_steps: 10, so the run of 10 steps ends inside its warm-up"
     ]
     assert not doubtful(engine.recipe(optim={"lr": lr | {"warmup_steps": 9}}))
+
+
+def unseen_of(**changes: Any) -> list[str]:
+    made = engine.recipe(**changes)
+    model = engine.model(**changes)
+    return unseen(made, made.modality.build(None).groups, {name: model.objective(name) for name in made.objectives})
+
+
+IMAGE = {"name": "image", "patch_size": 8, "crops": {"global": {"size": 16}, "local": {"num": 3, "size": 8}}}
+COPIES = {"copies": {"gram": {"of": "global", "size": 32}}}
+KOLEO = {"objectives": {"koleo": {"name": "koleo"}}, "heads": {}, "masks": {}}
+
+
+def test_views_that_no_objective_sees_are_named_with_the_key_that_makes_them() -> None:
+    assert unseen_of(modality=IMAGE) == [], "dino sees both groups"
+    assert unseen_of(modality=IMAGE | COPIES, **KOLEO) == [
+        "modality.crops.local: no objective sees the group 'local', 3 views of every sample that are made in vain; "
+        "set modality.crops.local.num: 0, or name the group in an objective",
+        "modality.copies.gram: no objective sees the group 'gram', 2 views of every sample that are made in vain; "
+        "leave it out, or name the group in an objective",
+    ]
+    off = {"crops": {"global": {"size": 16}, "local": {"num": 0}}}
+    assert unseen_of(modality=IMAGE | off, **KOLEO) == []
+    assert unseen_of(**KOLEO) == [
+        "modality: no objective sees the group 'local', 2 views of every sample that are made in vain; leave it out, or "
+        "name the group in an objective"
+    ]
+
+
+def test_views_that_are_seen_in_one_stage_alone_are_not_in_vain() -> None:
+    both = {"dino": engine.DINO, "koleo": {"name": "koleo"}}
+    stages: dict[str, Any] = {"first": {"steps": 9, "objectives": ["koleo"]}, "last": {"steps": 1}}
+    assert unseen_of(objectives=both, stages=stages) == []
+    [line] = unseen_of(objectives=both, stages=stages | {"last": {"steps": 1, "objectives": ["koleo"]}})
+    assert "'local'" in line
+
+
+def test_views_of_an_objective_that_begins_late_are_not_in_vain() -> None:
+    made = engine.recipe(steps=100_000)
+    groups = made.modality.build(None).groups
+
+    class Late(Objective):
+        def __init__(self, begin: int) -> None:
+            super().__init__()
+            self.begin = begin
+
+        def requests(self, step: int) -> list[Forward]:
+            return [Forward("student", "local" if step >= self.begin else "global")]
+
+    for begin, count in ((0, 0), (99_000, 0), (99_999, 0), (100_000, 1)):
+        assert len(unseen(made, groups, dict.fromkeys(made.objectives, Late(begin)))) == count, begin
+
+
+def test_copies_that_are_seen_need_the_views_that_they_show() -> None:
+    copies = {"copies": {"large": {"of": "local", "size": 32}}}
+    koleo = {"objectives": {"koleo": {"name": "koleo", "group": "large"}}, "heads": {}, "masks": {}}
+    assert unseen_of(modality=IMAGE | copies, **koleo) == []
 
 
 def test_batch_smaller_than_ranks(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_platform import costs, distributed
 from ssl_platform.config import ConfigError
-from ssl_platform.estimate import calculate, check_start, random_batch
+from ssl_platform.estimate import calculate, check_start, costs_report, random_batch
 from ssl_platform.recipe import Recipe, load_recipe
 from ssl_platform.step import build, train_step
 from ssl_platform.train import main
@@ -81,6 +81,31 @@ def test_flops_equal_torchs_counter(changes: dict[str, Any]) -> None:
     facts = calculate(recipe, recipe.modality.build(None), 1)
     assert facts.flops == counted_by_torch(recipe) > 0
     assert sum(facts.flops_by_part.values()) in (facts.flops, 0)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"modality": IMAGE, "masks": {}, "objectives": {"dino": engine.DINO | {"masks": {}}}}]
+)
+def test_recomputed_flops_equal_torchs_counter(changes: dict[str, Any]) -> None:
+    plain, recipe = engine.recipe(**changes), engine.recipe(recompute=True, **changes)
+    once, facts = (calculate(one, one.modality.build(None), 1) for one in (plain, recipe))
+    assert once.recomputed_flops == 0 and once.flops == facts.flops == counted_by_torch(plain)
+    assert facts.recomputed_flops == counted_by_torch(recipe) - counted_by_torch(plain) > 0.1 * facts.flops
+    assert once._replace(recomputed_flops=facts.recomputed_flops) == facts, "nothing else depends on it"
+
+
+def test_the_time_counts_what_is_recomputed() -> None:
+    def said(*changes: str) -> tuple[str, float]:
+        recipe = load_recipe(SMOKE, ["networks.student.backbone.depth=4", *changes])
+        text = costs_report(recipe, assumed, calculate(recipe, recipe.modality.build(None), 1), 1.0)
+        (seconds,) = re.findall(r" steps x (\S+) s,", text)
+        return text, float(seconds)
+
+    assumed = costs.Assumptions(gpus=1)
+    (plain, seconds), (text, longer) = said(), said("recompute=true")
+    (more,) = re.findall(r"recomputed +(\d+)% more", text)
+    assert longer / seconds == pytest.approx(1 + int(more) / 100, rel=0.02) and int(more) > 5
+    assert "% more" not in plain
 
 
 def test_parameters_are_counted_and_recomputing_blocks_keeps_less() -> None:

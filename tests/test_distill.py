@@ -426,10 +426,32 @@ def test_statistics_that_cannot_be_taken_in_are_refused(tmp_path: Path) -> None:
 
     half = {"mean": [0.5] * 3, "std": [0.5] * 3}
     text = refusal(description([0.1] * 3, [0.2] * 3), **half)
-    assert "networks.large.init: mean, std: its first layer pads views or has no bias" in text
+    assert "networks.large.init: mean, std: its first layer is no convolution, pads views or has no bias" in text
     assert "normalises every sample by its own" in refusal({"normalize_per_sample": True}, **half)
     assert "mean and std: give both" in refusal({}, mean=[0.5])
     assert "greater than 0" in refusal({}, mean=[0.5], std=[0.0])
+
+
+@pytest.mark.parametrize("shape", [(32, 192), (32, 3), (32,)], ids=["linear", "as many as channels", "one axis"])
+def test_a_linear_patch_embedding_cannot_take_statistics_in(shape: tuple[int, ...], tmp_path: Path) -> None:
+    """Its columns do not say which channel they are of."""
+    modality = load_recipe(SMOKE / "image.yaml").modality.build(None)
+    network = VitConfig(embed_dim=32, depth=2, num_heads=2, layer_scale=None).build(modality)
+    state = {key: value.contiguous() for key, value in network.state_dict().items()}
+    path = tmp_path / "linear.safetensors"
+    save_file(state | {"patch_embed.proj.weight": torch.zeros(shape)}, path)
+    init = {"path": str(path), "mean": [0.5] * 3, "std": [0.5] * 3}
+    for said in (init, {"path": str(path)}):
+        with pytest.raises(ConfigError) as error:
+            config = validate(NetworkConfig, {"init": said})
+            Initialiser({"large": config}, {}, description([0.1] * 3, [0.2] * 3)).networks({"large": network})
+        expected = (
+            f"networks.large.init: mean, std: patch_embed.proj.weight of the source has the shape {shape}, in which channels "
+            "cannot be told apart; expected (width, channels, *patch), as of a convolution"
+            if said is init
+            else f"patch_embed.proj.weight {shape} instead of"
+        )
+        assert expected in str(error.value)
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

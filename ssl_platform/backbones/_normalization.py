@@ -78,15 +78,21 @@ def change_of(
     if learned is None or views is None or (shown is not None and learned.equals(shown)):
         return None
     layer = _first_layer(network)
-    channels = found[layer[0]].shape[1] if layer and layer[0] in found else None
+    weight = found.get(layer[0]) if layer is not None else None
     if shown is None:
         reason = "this run normalises every sample by its own mean and std"
-    elif layer is None or not {*layer} <= found.keys():
+    elif layer is None or weight is None or layer[1] not in found:
         reason = (
-            "its first layer pads views or has no bias, so it cannot take another mean in; set modality.mean and std"
+            "its first layer is no convolution, pads views or has no bias, so it cannot take another mean in; set "
+            "modality.mean and std"
         )
-    elif channels != len(learned.mean):
-        reason = f"they are of {len(learned.mean)} channels, but the first layer has {channels}"
+    elif weight.ndim < 3:
+        reason = (
+            f"{layer[0]} of the source has the shape {tuple(weight.shape)}, in which channels cannot be told apart; expected (width, "
+            "channels, *patch), as of a convolution"
+        )
+    elif weight.shape[1] != len(learned.mean):
+        reason = f"they are of {len(learned.mean)} channels, but the first layer has {weight.shape[1]}"
     else:
         return Change(layer, learned, shown)
     if said is not None:
