@@ -14,6 +14,7 @@ from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from ssl_platform import sharding
+from ssl_platform.bounded_store import BoundedStore
 from ssl_platform.sharding import ParallelConfig
 
 if TYPE_CHECKING:
@@ -111,13 +112,16 @@ def _apart(error: Exception) -> str:
     )
 
 
-def store() -> Any:
-    """A connection of its own to the store that all ranks share; None for one process alone."""
+def store(answer_seconds: float = 5.0) -> BoundedStore | None:
+    """A connection of its own to the store that all ranks share; None for one process alone.
+
+    Its calls raise DistNetworkError where no answer comes within `answer_seconds`.
+    """
     if _store is None:
         return None
     own = _store.clone()
-    own.set_timeout(timedelta(seconds=5))
-    return own
+    own.set_timeout(timedelta(seconds=answer_seconds))
+    return BoundedStore(own, answer_seconds)
 
 
 def stop() -> None:

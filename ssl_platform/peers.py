@@ -49,6 +49,8 @@ class _Process:
         """The step that may take as long as it likes."""
         self.watch: _Watch | None = None
         """None for one process alone."""
+        self.finish: Callable[[], None] | None = None
+        """What rank 0 does before it ends because of another one."""
         self.stacks: IO[str] | None = None
         """Where stacks are written; None = stderr."""
 
@@ -106,14 +108,23 @@ def stop() -> None:
     if _here.watch is not None:
         _here.watch.over.set()
         _here.watch = None
+    _here.finish = None
 
 
-def leave(code: int) -> None:
+def before_leaving(finish: Callable[[], None]) -> None:
+    """What rank 0 finishes before it ends because of another rank: it must need no other, and end by itself."""
+    _here.finish = finish
+
+
+def leave(code: int, *, finish: bool = True) -> None:
     """Ends a process whose group is broken, in which an orderly end would wait for ranks that are gone."""
     if _here.watch is None:
         return
     if distributed.rank() == 0:
-        time.sleep(2 * SILENT_SECONDS)  # it holds the store, which the others still ask
+        begun = time.monotonic()
+        if finish and _here.finish is not None:
+            _here.finish()
+        time.sleep(max(begun + 2 * SILENT_SECONDS - time.monotonic(), 0))  # it holds the store, which others still ask
     with suppress(OSError, ValueError):  # nobody reads any more
         sys.stdout.flush()
     os._exit(code)

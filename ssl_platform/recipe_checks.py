@@ -91,7 +91,7 @@ def unseen(recipe: "Recipe", groups: Mapping[str, GroupSpec], objectives: Mappin
         for section in (recipe.objectives[name] for name in active):  # one may look at a group without a forward pass
             seen |= {value for _, value in section if isinstance(value, str)}
         begin = end
-    seen |= {groups[name].shows for name in seen & groups.keys()} - {None}
+    seen |= {shown for name in seen & groups.keys() if (shown := groups[name].shows) is not None}
     return [_wasted(recipe.modality, name, groups[name]) for name in groups if name not in seen]
 
 

@@ -1,7 +1,8 @@
 """Checkpoints are written beside the training: the step waits for a copy in memory, a thread does the rest.
 
-All ranks copy at the same step. Then, in each rank's thread: rank 0 makes an empty folder; every rank writes and flushes
-what it holds; rank 0, once all have, writes `state.json`, renames the folder and prunes; or, if any could not, removes it.
+All ranks copy at the same step. Then, in each rank's thread: rank 0 makes an empty folder; every rank that holds a part
+writes and flushes it (rank 0 alone, where parameters are not sharded); rank 0, once all have, writes `state.json`, renames
+the folder and prunes; or, if any could not, removes it. What rank 0 writes alone it finishes although another rank is gone.
 What they tell each other goes through the rendezvous store: collectives of a second thread could mix with the loop's.
 """
 
@@ -24,6 +25,8 @@ from ssl_platform.log import logger
 
 _POLL_SECONDS = (0.005, 0.2)
 _TOLD_RANKS = 4
+LAST_SECONDS = 30.0
+"""How long rank 0 goes on writing once another rank is gone: as torchrun and SLURM leave it."""
 
 
 class Outcome(NamedTuple):
@@ -52,7 +55,7 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
         self._buffers: dict[tuple[str, str], Tensor] = {}
-        store = distributed.store() or dist.HashStore()  # type: ignore[attr-defined]
+        store = distributed.store(self.timeout) or dist.HashStore()  # type: ignore[attr-defined]
         self._words = _Words(store, distributed.from_rank_zero(f"{time.time_ns():x}"))
 
     def begin(
@@ -76,6 +79,8 @@ class Saver:
             event.record()
             copied = torch.cuda.current_device(), event
         self._words.begin(self.timeout)
+        if index is None:
+            peers.before_leaving(self._finish_alone)
         arguments = (state, config_yaml, index, copies, copied)
         self._thread = threading.Thread(target=self._run, args=arguments, name="saving", daemon=True)
         self._thread.start()
@@ -102,11 +107,17 @@ class Saver:
             self._thread.join()
             self._thread = None
 
+    def _finish_alone(self) -> None:
+        """Waits for a save that needs no other rank."""
+        if (thread := self._thread) is not None:
+            thread.join(LAST_SECONDS)
+
     @contextmanager
     def finished(self) -> Iterator[None]:
         """Waits for a save in flight when the block ends by an error of this rank: the process may end after it.
 
-        Not when another rank is gone, whose part would not come, or when the user does not want to wait.
+        Not when another rank is gone, whose part would not come (what needs no other rank, `peers.leave` waits for), or
+        when the user does not want to wait.
         """
         try:
             yield
@@ -154,25 +165,30 @@ class Saver:
             words.tell("open", _attempt(lambda: checkpoint.open_part(self.folder, state.step))[1])
         if refused := words.hear("open"):
             return f"rank 0: {refused}"
-        files: dict[str, Any] | None = None
-        failure = copies if isinstance(copies, str) else ""
-        if not isinstance(copies, str):
-            if copied is not None:
-                device, event = copied
-                torch.cuda.set_device(device)  # a new thread has the first one, where it would take memory
-                event.synchronize()
-            parts = copies
-            sharded = index is not None
-            files, failure = _attempt(lambda: checkpoint.write_part(temporary, parts, rank, sharded=sharded))
-        words.tell(f"written/{rank}", [files or {}, failure])
+        if rank == 0 or index is not None:
+            words.tell(f"written/{rank}", self._write_own(temporary, index is not None, copies, copied))
         if rank == 0:
             words.tell("ended", self._finish(temporary, state, config_yaml, index))
         return str(words.hear("ended", patience=1.2))
 
+    @staticmethod
+    def _write_own(
+        temporary: Path, sharded: bool, copies: dict[str, dict[str, Tensor]] | str, copied: tuple[int, Any] | None
+    ) -> tuple[dict[str, Any], str]:
+        """({file name: size and checksum}, what failed) of this rank's part."""
+        if isinstance(copies, str):
+            return {}, copies
+        if copied is not None:
+            device, event = copied
+            torch.cuda.set_device(device)  # a new thread has the first one, where it would take memory
+            event.synchronize()
+        files, failure = _attempt(lambda: checkpoint.write_part(temporary, copies, distributed.rank(), sharded=sharded))
+        return files or {}, failure
+
     def _finish(self, temporary: Path, state: TrainState, config_yaml: str, index: dict[str, Any] | None) -> str:
         """Rank 0: waits for every part, then makes the folder a checkpoint, or removes it; returns what failed."""
         try:
-            files = _complete(temporary, self._words.gather("written"))
+            files = _complete(temporary, self._words.gather("written", everywhere=index is not None))
             path = checkpoint.commit(temporary, state, config_yaml, files, index)
         except (OSError, _Failed) as error:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -243,9 +259,9 @@ class _Words:
             raise _Failed(f"no word from rank 0 within {self.timeout:.0f} s")
         return json.loads(self.store.get(self._key(word)))
 
-    def gather(self, word: str) -> list[Any]:
-        """What every rank has told; raises _Failed naming those that do not in time."""
-        keys = [self._key(f"{word}/{rank}") for rank in range(self.size)]
+    def gather(self, word: str, *, everywhere: bool) -> list[Any]:
+        """What every rank has told, or rank 0 alone; raises _Failed naming those that do not in time."""
+        keys = [self._key(f"{word}/{rank}") for rank in range(self.size if everywhere else 1)]
         if not self._wait(keys, 1.0):
             late = [str(rank) for rank, key in enumerate(keys) if not self.store.check([key])]
             more = ", ..." if len(late) > _TOLD_RANKS else ""

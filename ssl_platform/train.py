@@ -119,7 +119,7 @@ keys: docs/configuration.md""",
     except KeyboardInterrupt as error:
         peers.ends_with(error)
         logger.error("interrupted: the steps since the last checkpoint are lost; the same command goes on from there")
-        peers.leave(INTERRUPTED)
+        peers.leave(INTERRUPTED, finish=False)
         return INTERRUPTED
     except BaseException as error:  # of any kind, even SystemExit: the other ranks must be told
         if blame := peers.ends_with(error):

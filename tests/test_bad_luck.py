@@ -283,6 +283,16 @@ def test_a_rank_that_is_killed_while_it_writes(rank: int, tmp_path: Path) -> Non
 
 
 @pytest.mark.slow
+def test_a_rank_that_is_killed_while_rank_0_writes_loses_nothing(tmp_path: Path) -> None:
+    """The save of step 6 takes more than a second; rank 1 is gone in step 7."""
+    slow = "objectives.slow={name: tests.trouble, kind: slow save, rank: 0, step: 6}"
+    code, said = trouble(tmp_path, "kill", "steps=9", "save_every=3", "objectives.trouble.step=7", slow)
+    assert code == 128 + signal.SIGKILL and not processes_of(tmp_path), said
+    assert steps(tmp_path) == [3, 6] and not leftovers(tmp_path)
+    checkpoint.verify(tmp_path / "checkpoints/step_00000006")
+
+
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_killed_between_any_two_moments_of_a_save(tmp_path: Path) -> None:
     """One process that is killed while a slow save is in flight, again and again, equals an undisturbed one."""

@@ -446,8 +446,8 @@ def test_a_linear_patch_embedding_cannot_take_statistics_in(shape: tuple[int, ..
             config = validate(NetworkConfig, {"init": said})
             Initialiser({"large": config}, {}, description([0.1] * 3, [0.2] * 3)).networks({"large": network})
         expected = (
-            f"networks.large.init: mean, std: patch_embed.proj.weight of the source has the shape {shape}, in which channels "
-            "cannot be told apart; expected (width, channels, *patch), as of a convolution"
+            f"networks.large.init: mean, std: patch_embed.proj.weight of the source has the shape {shape}, in which "
+            "channels cannot be told apart; expected (width, channels, *patch), as of a convolution"
             if said is init
             else f"patch_embed.proj.weight {shape} instead of"
         )

@@ -431,6 +431,22 @@ def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
         assert "rank 1 has not written its part within 1 s" in outcome.failure and not is_there
 
 
+def alone(folder: str) -> Any:
+    """Rank 1 does nothing of a save that rank 0 writes, as if it were gone."""
+    saver = Saver(Path(folder), 3, None, 10)
+    if distributed.rank() == 0:
+        saver.begin(state(1), "", {"a": torch.arange(8.0)}, {})
+        saver.wait()
+    outcome, saver._outcome = saver._outcome, None
+    distributed.barrier()
+    return outcome
+
+
+def test_rank_0_finishes_alone_what_it_writes_alone(tmp_path: Path) -> None:
+    assert run_ranks(2, alone, str(tmp_path)) == [(1, ""), None]
+    checkpoint.verify(tmp_path / "step_00000001")
+
+
 def write_apart(folder: str) -> Any:
     """Each rank in a folder of its own, as on machines without a shared file system."""
     own = Path(folder) / str(distributed.rank())

@@ -88,8 +88,8 @@ def change_of(
         )
     elif weight.ndim < 3:
         reason = (
-            f"{layer[0]} of the source has the shape {tuple(weight.shape)}, in which channels cannot be told apart; expected (width, "
-            "channels, *patch), as of a convolution"
+            f"{layer[0]} of the source has the shape {tuple(weight.shape)}, in which channels "
+            "cannot be told apart; expected (width, channels, *patch), as of a convolution"
         )
     elif weight.shape[1] != len(learned.mean):
         reason = f"they are of {len(learned.mean)} channels, but the first layer has {weight.shape[1]}"
