@@ -57,16 +57,6 @@ class TrainState:
     versions: dict[str, str] = field(default_factory=dict)
 
 
-def save(
-    folder: Path, state: TrainState, config_yaml: str, model: dict[str, Tensor], optimizer: dict[str, Tensor]
-) -> Path:
-    """Writes `folder/step_XXXXXXXX` of one process and returns it; `saving` does the same for several, in steps."""
-    temporary = open_part(folder, state.step)
-    groups = {"model": _plain(model), "optimizer": _plain(optimizer)}
-    files = write_part(temporary, groups, 0, sharded=False)
-    return commit(temporary, state, config_yaml, files, None)
-
-
 def open_part(folder: Path, step: int) -> Path:
     """An empty folder for what will be the checkpoint of `step`; nobody may be writing in it."""
     temporary = part_of(folder, step)
@@ -285,10 +275,6 @@ def load_networks(module: torch.nn.Module, path: Path) -> None:
     """`load_model` from a checkpoint."""
     with _reading(path, "model"):
         load_model(module, TensorFiles(path, "model"), path)
-
-
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

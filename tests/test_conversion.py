@@ -1,4 +1,4 @@
-"""Weights from and to DINOv2 and timm: the same outputs, every key accounted for."""
+"""Weights from DINOv2, and from and to timm: the same outputs, every key accounted for."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from ssl_platform.backbones import Features, Input
-from ssl_platform.backbones._conversion import from_dinov2, from_timm, timm_arguments, to_dinov2, to_timm
+from ssl_platform.backbones._conversion import dinov2_names, from_timm, timm_arguments, to_timm
 from ssl_platform.backbones.vit import Config, VisionTransformer
 from ssl_platform.patch_embed import GridPatchEmbed
 
@@ -81,62 +81,20 @@ def conformance_vit(facts: dict[str, Any]) -> VisionTransformer:
     )
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_dinov2_checkpoint_gives_dinov2s_outputs(case: str) -> None:
-    facts, tensors = conformance(case)
-    vit = conformance_vit(facts)
-    prefix = "teacher_final/"
-    state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    assert any(key.startswith("dino_head.") for key in state)  # left out, as everything that is no backbone
-    vit.load_state_dict(from_dinov2(state, vit))
-    for probe in ("square", "rect"):  # the second one interpolates positions to a rectangle
-        features = run(vit, tensors[f"probe/{probe}"])
-        found = {"cls": features.cls[0], "patch": features.patches[0]}
-        if facts["registers"]:
-            assert features.registers is not None
-            found["reg"] = features.registers[0]
-        for name, tensor in found.items():
-            torch.testing.assert_close(tensor, tensors[f"expected/{probe}_{name}"], atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_what_goes_to_dinov2_is_what_came_from_it(case: str) -> None:
-    facts, tensors = conformance(case)
-    vit = conformance_vit(facts)
-    prefix = "init/backbone."
-    state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    vit.load_state_dict(from_dinov2(state, vit))
-    back = to_dinov2(vit)
-    assert back.keys() == state.keys() and all(torch.equal(back[key], state[key]) for key in state)
-
-
-def test_swiglu_and_chunked_blocks_have_dinov2s_names() -> None:
-    vit = make(8, 32, ffn="swiglu", **SMALL)
-    state = to_dinov2(vit)
-    assert state["blocks.1.mlp.w12.weight"].shape == (128, 24) and state["blocks.1.mlp.w3.weight"].shape == (24, 64)
-    assert not any(".mlp.fc" in key for key in state)
-    chunked = {re.sub(r"^blocks\.(\d+)\.", r"blocks.0.\1.", key): value for key, value in state.items()}
-    other = make(8, 32, seed=1, ffn="swiglu", **SMALL)
-    other.load_state_dict(from_dinov2(chunked, other))
-    assert torch.equal(run(other, images_of(32)).cls, run(vit, images_of(32)).cls)
-
-
-def test_a_checkpoint_of_another_resolution_gives_the_same_outputs() -> None:
-    pretrained, smaller = make(8, 64, **SMALL), make(8, 32, seed=1, **SMALL)
-    smaller.load_state_dict(from_dinov2(to_dinov2(pretrained), smaller))
-    torch.testing.assert_close(run(smaller, images_of(32)).patches, run(pretrained, images_of(32)).patches)
-
-
-def test_a_checkpoint_that_does_not_fit_is_described() -> None:
-    vit, state = make(8, 32, num_registers=4, **SMALL), to_dinov2(make(8, 32, ffn="swiglu", **SMALL))
-    with pytest.raises(ValueError) as error:
-        from_dinov2(state | {"blocks.0.extra": torch.zeros(1)}, vit)
-    lines = str(error.value).split("\n")
-    assert lines[0] == "the DINOv2 checkpoint does not fit the backbone: 29 of 36 keys match"
-    assert lines[1:3] == ["  missing: reg_token", "  unknown: blocks.0.extra"]
-    assert "blocks.0.mlp.fc1.weight (128, 24) instead of (96, 24)" in lines[3]
-    assert lines[4].startswith("  matched: cls_token, pos_embed, mask_token")
-    assert lines[5] == "  embed_dim, depth, num_registers, layer_scale, ffn and qkv_bias must be the checkpoint's"
+def test_swiglu_and_chunked_blocks_of_dinov2_have_our_names() -> None:
+    """Released files have plain names; a training checkpoint has heads beside the backbone, and blocks in chunks."""
+    vit = make(8, 32, ffn="swiglu", num_registers=2, **SMALL)
+    theirs = {
+        key.replace("mlp.fc1.", "mlp.w12.")
+        .replace("mlp.fc2.", "mlp.w3.")
+        .replace("reg_token", "register_tokens"): value
+        for key, value in vit.state_dict().items()
+    }
+    trained = {"backbone." + re.sub(r"^blocks\.", "blocks.0.", key): value for key, value in theirs.items()}
+    for state in (theirs, trained | {"dino_head.mlp.0.weight": torch.zeros(3)}):
+        found = dinov2_names(state)
+        assert found.keys() == vit.state_dict().keys()
+        assert all(torch.equal(found[key], value) for key, value in vit.state_dict().items())
 
 
 # -- timm -------------------------------------------------------------------------------------------------------------
@@ -249,3 +207,12 @@ def test_a_timm_checkpoint_that_does_not_fit_is_described() -> None:
         from_timm(other, vit)
     with pytest.raises(ValueError, match="pos_embed has 23 rows, which are not a square grid and 0 or 1 rows"):
         from_timm(other | {"pos_embed": torch.zeros(1, 23, 24)}, vit)
+    vit, state = make(8, 32, num_registers=4, **SMALL), make(8, 32, ffn="swiglu", **SMALL).state_dict()
+    with pytest.raises(ValueError) as error:
+        from_timm(state | {"blocks.0.extra": torch.zeros(1)}, vit)
+    lines = str(error.value).split("\n")
+    assert lines[0] == "the timm checkpoint does not fit the backbone: 29 of 36 keys match"
+    assert lines[1:3] == ["  missing: reg_token", "  unknown: blocks.0.extra"]
+    assert "blocks.0.mlp.fc1.weight (128, 24) instead of (96, 24)" in lines[3]
+    assert lines[4].startswith("  matched: cls_token, pos_embed, mask_token")
+    assert lines[5] == "  embed_dim, depth, num_registers, layer_scale, ffn and qkv_bias must be the checkpoint's"

@@ -120,6 +120,9 @@ def test_a_dinov2_file_gives_dinov2s_features(case: str, kind: str, tmp_path: Pa
         features = run(vit, tensors[f"probe/{probe}"])
         for found, name in ((features.cls[0], "cls"), (features.patches[0], "patch")):
             torch.testing.assert_close(found, tensors[f"expected/{probe}_{name}"], atol=1e-5, rtol=1e-5)
+        if facts["registers"]:
+            assert features.registers is not None
+            torch.testing.assert_close(features.registers[0], tensors[f"expected/{probe}_reg"], atol=1e-5, rtol=1e-5)
 
 
 def test_any_timm_model_starts_from_its_file(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Weights of `vit` from and to the formats of DINOv2 and timm. Strict: an error lists every key that is left over."""
+"""Weights of `vit` from DINOv2's format, and from and to timm's. Strict: an error lists every key that is left over."""
 
 import math
 import re
@@ -24,21 +24,11 @@ class TimmModel(NamedTuple):
     state: dict[str, Tensor]
 
 
-def from_dinov2(state: Mapping[str, Tensor], vit: VisionTransformer) -> dict[str, Tensor]:
-    """The state dict for `vit` that a DINOv2-format one says; raises ValueError listing the keys that do not fit.
-
-    Takes plain names or those of a training checkpoint (`backbone.` in front, heads beside them, blocks in chunks). A
-    position embedding of another square grid is read at the grid of `vit` and by its convention, as DINOv2 does at run
-    time.
-    """
-    ours = dinov2_names(state)
-    if "pos_embed" in ours:
-        ours["pos_embed"] = _at_native_grid(ours["pos_embed"], vit)
-    return _checked(ours, vit, "DINOv2")
-
-
 def dinov2_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of a DINOv2-format state dict under the names of `vit`; heads are left out."""
+    """The tensors of a DINOv2-format state dict under the names of `vit`; heads are left out.
+
+    Takes plain names or those of a training checkpoint (`backbone.` in front, heads beside them, blocks in chunks).
+    """
     if any(key.startswith("backbone.") for key in state):
         state = {key: value for key, value in state.items() if not key.startswith(("dino_head.", "ibot_head."))}
         state = {key.removeprefix("backbone."): value for key, value in state.items()}
@@ -48,16 +38,6 @@ def dinov2_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         key = key.replace(".mlp.w12.", ".mlp.fc1.").replace(".mlp.w3.", ".mlp.fc2.")
         ours["reg_token" if key == "register_tokens" else key] = value
     return ours
-
-
-def to_dinov2(vit: VisionTransformer) -> dict[str, Tensor]:
-    """The state dict of `vit` under DINOv2's names."""
-    theirs = {}
-    for key, value in vit.state_dict().items():
-        if vit.swiglu:
-            key = key.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3.")
-        theirs["register_tokens" if key == "reg_token" else key] = value
-    return theirs
 
 
 def from_timm(state: Mapping[str, Tensor], vit: VisionTransformer) -> dict[str, Tensor]:
@@ -76,7 +56,7 @@ def from_timm(state: Mapping[str, Tensor], vit: VisionTransformer) -> dict[str, 
         }
     if "pos_embed" in ours:
         ours["pos_embed"] = _at_native_grid(ours["pos_embed"], vit)
-    return _checked(ours, vit, "timm")
+    return _checked(ours, vit)
 
 
 def timm_names(state: Mapping[str, Tensor], layer_scale: bool, grid: tuple[int, ...] | None) -> dict[str, Tensor]:
@@ -183,7 +163,7 @@ def _at_native_grid(positions: Tensor, vit: VisionTransformer) -> Tensor:
     return torch.cat([positions[:, :1], patches.to(positions.dtype)], dim=1)
 
 
-def _checked(state: dict[str, Tensor], vit: VisionTransformer, source: str) -> dict[str, Tensor]:
+def _checked(state: dict[str, Tensor], vit: VisionTransformer) -> dict[str, Tensor]:
     expected = vit.state_dict()
     matched = [key for key in state if key in expected and state[key].shape == expected[key].shape]
     shapes = [
@@ -193,7 +173,7 @@ def _checked(state: dict[str, Tensor], vit: VisionTransformer, source: str) -> d
     ]
     missing, unknown = [key for key in expected if key not in state], [key for key in state if key not in expected]
     if missing or unknown or shapes:
-        lines = [f"the {source} checkpoint does not fit the backbone: {len(matched)} of {len(expected)} keys match"]
+        lines = [f"the timm checkpoint does not fit the backbone: {len(matched)} of {len(expected)} keys match"]
         for title, keys in (("missing", missing), ("unknown", unknown), ("other shapes", shapes), ("matched", matched)):
             lines += [f"  {title}: {', '.join(keys)}"] * bool(keys)
         lines.append("  embed_dim, depth, num_registers, layer_scale, ffn and qkv_bias must be the checkpoint's")
