@@ -23,12 +23,11 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_platform.backbones._blocks import Block
 from ssl_platform.config import ConfigError
 from ssl_platform.costs import safetensors_bytes
-from ssl_platform.flops import Counted, countable
+from ssl_platform.flops import Counted, countable, torchs_counter
 from ssl_platform.live_bytes import LiveBytes
 from ssl_platform.modalities import Modality
 from ssl_platform.objectives import Objective
@@ -183,7 +182,7 @@ def _count(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, di
     """(operations, those of each part, the most bytes alive) of the forward and backward pass."""
     with ExitStack() as stack:
         counted = stack.enter_context(Counted(model)) if countable(model) else None
-        counter = stack.enter_context(_counter())
+        counter = stack.enter_context(torchs_counter())
         alive = _bytes_alive(model, recipe, batch)
     total = counter.get_total_flops()
     return total, counted.parts | {"rest": total - counted.total} if counted else {}, alive
@@ -191,19 +190,10 @@ def _count(model: StudentTeacher, recipe: Recipe, batch: Batch) -> tuple[int, di
 
 def _flops(model: StudentTeacher, recipe: Recipe, batch: Batch) -> int:
     """Operations of the forward and backward pass, with what is recomputed in it."""
-    with _counter() as counter:
+    with torchs_counter() as counter:
         model(batch, 0, list(recipe.objectives)).loss.backward()
     model.zero_grad(set_to_none=True)
     return int(counter.get_total_flops())
-
-
-def _counter() -> FlopCounterMode:
-    # Twice the forward for the backward, as the formula has it; kernels that compute the scores again do more.
-    mapping = {
-        aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
-    }
-    return FlopCounterMode(display=False, custom_mapping=mapping)
 
 
 def _bytes_alive(model: StudentTeacher, recipe: Recipe, batch: Batch) -> int:
@@ -242,10 +232,6 @@ def _calls_of_heads(model: StudentTeacher) -> Iterator[dict[nn.Module, int]]:
         hook.remove()
 
 
-def _attention_backward_flops(gradient: Any, *shapes: Any, **_: Any) -> int:
-    return 2 * _attention_flops(*shapes)
-
-
 @contextmanager
 def _without_collector() -> Iterator[None]:
     """Python's collector off: cycles are found in `_collected`, so that the bytes alive are the same every time."""
@@ -256,12 +242,6 @@ def _without_collector() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
-
-
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Of the two products, from the shapes (batch, heads, tokens, width)."""
-    batch, heads, tokens, width = query
-    return int(2 * batch * heads * tokens * key[2] * (width + value[3]))
 
 
 def _checkpoint_blocks(model: StudentTeacher) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ssl_platform.backbones import Features, Input
 from ssl_platform.backbones._blocks import Block
@@ -98,6 +99,26 @@ class Counted:
             self._add(part, head_flops(head, logits.shape[:-1].numel(), trained=trained))
 
         return count
+
+
+def torchs_counter() -> FlopCounterMode:
+    """torch's own counter, which also sees the attention kernel of the CPU."""
+    # Twice the forward for the backward, as the formula has it; kernels that compute the scores again do more.
+    mapping = {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    }
+    return FlopCounterMode(display=False, custom_mapping=mapping)
+
+
+def _attention_backward_flops(gradient: Any, *shapes: Any, **_: Any) -> int:
+    return 2 * _attention_flops(*shapes)
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Of the two products, from the shapes (batch, heads, tokens, width)."""
+    batch, heads, tokens, width = query
+    return int(2 * batch * heads * tokens * key[2] * (width + value[3]))
 
 
 def matmul_rate(dtype: torch.dtype, device: torch.device, size: int | None = None) -> float:
