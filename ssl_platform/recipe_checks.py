@@ -190,7 +190,7 @@ def _check_teachers(recipe: "Recipe", name: str, objective: Any) -> list[str]:
             break
     return [
         f"objectives.{name}.{key}: is frozen and random, and teaches nothing; say where its weights are: "
-        f"networks.{teacher}.init"
+        f"networks.{teacher}.init, or the init of a stage that begins no later"
         for key, teacher in objective.taught_by().items()
         if teacher in random
     ]
