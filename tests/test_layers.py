@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     {"config", "distributed", "sharding", "blocks", "location", "optional", "plain_yaml"},
-    {"log", "optim", "views", "patch_embed", "progress", "peers", "stragglers", "costs", "tensor_files"},
+    {"log", "optim", "views", "patch_embed", "progress", "peers", "stragglers", "costs", "tensor_files", "worker"},
     {"masks", "backbones", "heads", "checkpoint", "run_lock", "saving"},
     {"modalities"},
     {"objectives", "data"},
