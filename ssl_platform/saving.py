@@ -8,10 +8,10 @@ What they tell each other goes through the rendezvous store: collectives of a se
 
 import json
 import shutil
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from ssl_platform import checkpoint, distributed, peers, tensor_files
 from ssl_platform.checkpoint import TrainState
 from ssl_platform.log import logger
+from ssl_platform.worker import Work, Worker
 
 _POLL_SECONDS = (0.005, 0.2)
 _TOLD_RANKS = 4
@@ -52,7 +53,8 @@ class Saver:
         """Saves that failed since the last that did not."""
         self.step = 0
         """Of the save in flight, or of the last one."""
-        self._thread: threading.Thread | None = None
+        self._worker = Worker("saving")
+        self._thread: Work | None = None
         self._outcome: Outcome | None = None
         self._buffers: dict[tuple[str, str], Tensor] = {}
         store = distributed.store(self.timeout) or dist.HashStore()  # type: ignore[attr-defined]
@@ -82,8 +84,7 @@ class Saver:
         if index is None:
             peers.before_leaving(self._finish_alone)
         arguments = (state, config_yaml, index, copies, copied)
-        self._thread = threading.Thread(target=self._run, args=arguments, name="saving", daemon=True)
-        self._thread.start()
+        self._thread = self._worker.give(partial(self._run, *arguments))
 
     def has_ended(self) -> bool:
         """Whether this rank knows how the save in flight ended; where all do, none waits in `take`."""

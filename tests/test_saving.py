@@ -1,5 +1,6 @@
 """Checkpoints written beside the training, by one rank or by each its part, and read by any number of ranks."""
 
+import gc
 import json
 import shutil
 import threading
@@ -345,6 +346,31 @@ def test_the_copy_is_in_the_same_memory_each_time(tmp_path: Path) -> None:
         saver.take()
         places |= {buffer.data_ptr() for buffer in saver._buffers.values()}
     assert len(places) == 1
+
+
+def test_a_save_starts_no_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where memory is short, CPython's `Thread.start` may wait for ever for a thread that could not begin."""
+
+    def refuse(self: threading.Thread) -> None:
+        raise AssertionError("a save in which memory is short would hang here")
+
+    saver = Saver(tmp_path, 1, None, 60)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    for step in (1, 2):
+        saver.begin(state(step), "", {"a": torch.ones(3)}, {})
+        assert saver.take() == (step, "")
+
+
+def test_the_thread_of_saves_ends_with_the_saver(tmp_path: Path) -> None:
+    before = {thread for thread in threading.enumerate() if thread.name == "saving"}
+    saver = Saver(tmp_path, 1, None, 60)
+    (own,) = {thread for thread in threading.enumerate() if thread.name == "saving"} - before
+    saver.begin(state(1), "", {"a": torch.ones(3)}, {})
+    assert saver.take() == (1, "")
+    del saver
+    gc.collect()
+    own.join(20)
+    assert not own.is_alive()
 
 
 def test_an_error_of_the_run_waits_for_the_save_in_flight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
