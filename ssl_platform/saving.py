@@ -54,7 +54,7 @@ class Saver:
         self.step = 0
         """Of the save in flight, or of the last one."""
         self._worker = Worker("saving")
-        self._thread: Work | None = None
+        self._work: Work | None = None
         self._outcome: Outcome | None = None
         self._buffers: dict[tuple[str, str], Tensor] = {}
         store = distributed.store(self.timeout) or dist.HashStore()  # type: ignore[attr-defined]
@@ -64,7 +64,7 @@ class Saver:
         self, state: TrainState, config_yaml: str, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
     ) -> None:
         """Copies what this rank writes and returns; `take` must have been called since the last save."""
-        assert self._thread is None, "one save at a time"
+        assert self._work is None, "one save at a time"
         self.step, self._outcome = state.step, None
         groups = {"model": model, "optimizer": optimizer}
         index = tensor_files.index(groups)
@@ -81,18 +81,18 @@ class Saver:
             event.record()
             copied = torch.cuda.current_device(), event
         self._words.begin(self.timeout)
-        if index is None:
-            peers.before_leaving(self._finish_alone)
         arguments = (state, config_yaml, index, copies, copied)
-        self._thread = self._worker.give(partial(self._run, *arguments))
+        self._work = self._worker.give(partial(self._run, *arguments))
+        if index is None:  # no other rank is needed
+            peers.before_leaving(partial(self._work.join, LAST_SECONDS))
 
     def has_ended(self) -> bool:
         """Whether this rank knows how the save in flight ended; where all do, none waits in `take`."""
-        return self._outcome is not None and self._thread is not None
+        return self._outcome is not None and self._work is not None
 
     def take(self) -> Outcome | None:
         """Waits for the save in flight and says how it ended, the same on every rank; None if there was none."""
-        if self._thread is None:
+        if self._work is None:
             return None
         self.wait()
         assert self._outcome is not None
@@ -104,14 +104,9 @@ class Saver:
 
     def wait(self) -> None:
         """Waits for this rank's thread alone."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-
-    def _finish_alone(self) -> None:
-        """Waits for a save that needs no other rank."""
-        if (thread := self._thread) is not None:
-            thread.join(LAST_SECONDS)
+        if self._work is not None:
+            self._work.join()
+            self._work = None
 
     @contextmanager
     def finished(self) -> Iterator[None]:

@@ -9,8 +9,8 @@ from queue import SimpleQueue
 class Work:
     """An action in a worker's thread."""
 
-    def __init__(self, action: Callable[[], None]) -> None:
-        self.action, self.ended = action, threading.Event()
+    def __init__(self) -> None:
+        self.ended = threading.Event()
 
     def join(self, timeout: float | None = None) -> None:
         """Waits for its end, at most `timeout` seconds."""
@@ -23,20 +23,21 @@ class Worker:
     """
 
     def __init__(self, name: str) -> None:
-        self.queue: SimpleQueue[Work | None] = SimpleQueue()
+        self.queue: SimpleQueue[tuple[Callable[[], None], Work] | None] = SimpleQueue()
         threading.Thread(target=_work, args=(self.queue,), name=name, daemon=True).start()
         weakref.finalize(self, self.queue.put, None)
 
     def give(self, action: Callable[[], None]) -> Work:
         """Begins an action, which raises nothing."""
-        self.queue.put(work := Work(action))
+        self.queue.put((action, work := Work()))
         return work
 
 
-def _work(queue: SimpleQueue[Work | None]) -> None:
-    while (work := queue.get()) is not None:
+def _work(queue: SimpleQueue[tuple[Callable[[], None], Work] | None]) -> None:
+    while (given := queue.get()) is not None:
+        action, work = given
         try:
-            work.action()
+            action()
         finally:
             work.ended.set()
-        del work  # it may hold the worker, with which this thread ends
+        del given, action  # it may hold the worker, with which this thread ends

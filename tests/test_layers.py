@@ -9,8 +9,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     {"config", "distributed", "bounded_store", "sharding", "blocks", "location", "optional", "plain_yaml"},
-    {"log", "optim", "views", "patch_embed", "progress", "peers", "stragglers", "costs", "tensor_files"},
-    {"config", "distributed", "sharding", "blocks", "location", "optional", "plain_yaml"},
     {"log", "optim", "views", "patch_embed", "progress", "peers", "stragglers", "costs", "tensor_files", "worker"},
     {"masks", "backbones", "heads", "checkpoint", "run_lock", "saving"},
     {"modalities"},
