@@ -123,7 +123,7 @@ class Recipe(Config):
     batch_size: int = Field(ge=1)
     """Samples per optimiser step, over all ranks and micro-batches."""
     accumulate: int = Field(1, ge=1)
-    """Micro-batches per optimiser step. Centers see the whole batch; Sinkhorn and KoLeo see micro-batches."""
+    """Micro-batches per optimiser step. Centers see the whole batch; Sinkhorn, KoLeo and batch norm see micro-batches."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 = autocast, with fsdp networks and heads in bf16: weights, optimiser, averages, losses stay in float32."""
     parallel: ParallelConfig = ParallelConfig()
