@@ -57,6 +57,14 @@ def test_two_ranks_equal_one_process(backbone: dict[str, Any]) -> None:
             assert_equal(found, alone, of_largest=1e-4)
 
 
+@pytest.mark.slow
+def test_four_ranks_equal_one_process() -> None:
+    alone = course(settings(), ACTIVE, speech.batch)
+    for changes in ({}, {"parallel": {"method": "fsdp", "replicas": 2}}):
+        for found in run_ranks(4, course, settings(**changes), ACTIVE, speech.batch, timeout=400):
+            assert_equal(found, alone, of_largest=1e-4)
+
+
 def test_each_micro_batch_is_normalised_by_itself() -> None:
     """So they are other losses than the batch's; running statistics move for each micro-batch, once for each group."""
     whole, halves = (course(settings(accumulate=k), ACTIVE[:1], speech.batch) for k in (1, 2))

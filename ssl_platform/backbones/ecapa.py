@@ -1,6 +1,7 @@
 """ECAPA-TDNN, a convolutional network over time for speakers (Desplanques et al. 2020), as wespeaker trains it with DINO."""
 
 from collections.abc import Sequence
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,7 @@ class Config(PluginConfig):
     """Of each layer over time, a multiple of `scale`."""
     scale: int = Field(8, ge=2)
     """Parts of the channels in a Res2 layer: all but the first are convolved, each with the result of the one before."""
-    dilations: tuple[int, ...] = Field((2, 3, 4), min_length=1)
+    dilations: tuple[Annotated[int, Field(ge=1)], ...] = Field((2, 3, 4), min_length=1)
     """Of each block's convolutions over three frames; as many blocks."""
     squeeze_dim: int = Field(128, ge=1)
     """Hidden width of squeeze and excitation."""
@@ -41,8 +42,6 @@ class Config(PluginConfig):
     def _divides(self) -> "Config":
         if self.channels % self.scale:
             raise ValueError(f"channels: {self.channels} is no multiple of scale: {self.scale}")
-        if min(self.dilations) < 1:
-            raise ValueError(f"dilations: {list(self.dilations)} must be 1 or more")
         return self
 
     def build(self, modality: Modality, group: str = "global") -> "EcapaTdnn":

@@ -1,7 +1,7 @@
 """The ResNet34 of speaker recognition: narrow, without max pooling, statistics pooling over time (as in wespeaker)."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -21,7 +21,7 @@ class Config(PluginConfig):
     name: str = "resnet34"
     channels: int = Field(32, ge=1)
     """Of the first stage; each further one has twice as many, half the frames and half the bins."""
-    depths: tuple[int, ...] = Field((3, 4, 6, 3), min_length=1)
+    depths: tuple[Annotated[int, Field(ge=1)], ...] = Field((3, 4, 6, 3), min_length=1)
     """Blocks of each stage."""
     pooling: Literal["statistics", "attentive_statistics"] = "statistics"
     """Mean and standard deviation over time, plain (TSTP) or with learned weights (ASTP)."""
