@@ -55,6 +55,8 @@ class TrainState:
     overdue: list[str] = field(default_factory=list)
     """Networks whose snapshot was due in a skipped step, and is still to be taken."""
     versions: dict[str, str] = field(default_factory=dict)
+    averaged: list[int] = field(default_factory=list)
+    """The steps whose weights it is the mean of, if `ssl-average` made it: nothing can be resumed from it."""
 
 
 def open_part(folder: Path, step: int) -> Path:
