@@ -1,5 +1,6 @@
 """WAV files as bytes: where the samples lie, and a file that holds them and nothing else."""
 
+import mmap
 import struct
 from typing import NamedTuple
 
@@ -26,9 +27,14 @@ class Wav(NamedTuple):
     is_extensible: bool
     samples: memoryview
 
+    @property
+    def frame(self) -> int:
+        """Bytes of one sample of all channels."""
+        return self.num_channels * self.bits // 8
+
     def encode(self) -> bytes:
         """A file of the chunks `fmt ` and `data` alone, with the same samples."""
-        frame = self.num_channels * self.bits // 8
+        frame = self.frame
         code = EXTENSIBLE if self.is_extensible else self.code
         form = struct.pack(
             "<HHIIHH", code, self.num_channels, self.sample_rate, self.sample_rate * frame, frame, self.bits
@@ -41,11 +47,11 @@ class Wav(NamedTuple):
         return b"".join([whole, self.samples, b"\0" * (size % 2)])
 
 
-def is_wav(data: bytes) -> bool:
+def is_wav(data: bytes | mmap.mmap) -> bool:
     return data[:4] == b"RIFF" and data[8:12] == b"WAVE"
 
 
-def read_wav(data: bytes) -> Wav | None:
+def read_wav(data: bytes | mmap.mmap) -> Wav | None:
     """The parts of a WAV file of PCM, floats, A-law or mu-law; None if its samples are written in another way.
 
     Raises ValueError if the file is cut off or says impossible things.
@@ -62,7 +68,7 @@ def read_wav(data: bytes) -> Wav | None:
     raise ValueError("truncated: a WAV file without samples")
 
 
-def _samples(data: bytes, start: int, size: int) -> memoryview:
+def _samples(data: bytes | mmap.mmap, start: int, size: int) -> memoryview:
     there = len(data) - start
     if size == 0xFFFFFFFF or (size == 0 and int.from_bytes(data[4:8], "little") in _STREAMED):
         size = there
