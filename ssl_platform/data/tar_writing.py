@@ -42,6 +42,8 @@ class Shard:
     without_tissue: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     """How many tiles of slides each check left out."""
+    noted: dict[str, int] = field(default_factory=dict)
+    """How many samples have each of the media's notes, such as "silent"."""
     inputs: str = ""
     """Sizes and times of the files that it was made from, as a salted digest."""
 
@@ -121,6 +123,8 @@ def make_shard(job: Job) -> Made:
                 continue
             tar.write(_members(sample, content))
             shard.samples += 1
+            for note in content.notes:
+                shard.noted[note] = shard.noted.get(note, 0) + 1
             if content.values is not None:
                 tally.add(content.values)
         # What is written now is no longer what the index says, which whoever finishes last writes again.

@@ -7,7 +7,7 @@ import io
 import math
 import mmap
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -96,7 +96,8 @@ class SoundFile:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if isinstance(source, Path) else source
             wav = read_wav(data) if is_wav(data) else None
             check_length(data)
-        decoder = open_decoder(file, kind, wav)
+        with _in_words(kind):
+            decoder = open_decoder(file, kind, wav)
         rate, num_channels = decoder.info.sample_rate, decoder.info.num_channels
         if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
             raise ValueError(f"the header says {rate} Hz, expected {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}")
@@ -121,13 +122,15 @@ class SoundFile:
         last = math.inf if stop is None or stop == math.inf else max(round(stop * rate), first + 1)
         most = min(MAX_VALUES // num_channels, MAX_SECONDS * rate)
         blocks, num_samples = [], 0
-        for block in _guarded(self._decoder.blocks(first, last), self.info.kind):
-            num_samples += block.shape[1]
-            if num_samples > most:
-                raise ValueError(
-                    f"too long: more than {most / rate:.0f} s of {num_channels} channels at {rate} Hz; cut it into pieces"
-                )
-            blocks.append(block)
+        with _in_words(self.info.kind):
+            for block in self._decoder.blocks(first, last):
+                num_samples += block.shape[1]
+                if num_samples > most:
+                    raise ValueError(
+                        f"too long: more than {most / rate:.0f} s of {num_channels} channels at {rate} Hz; "
+                        "cut it into pieces"
+                    )
+                blocks.append(block)
         if num_samples == 0:
             raise ValueError("holds no samples" + f" from {start} seconds on" * (start > 0))
         samples = np.concatenate(blocks, axis=1)
@@ -162,11 +165,12 @@ def resample(sound: Sound, sample_rate: int) -> Sound:
     return Sound(np.ascontiguousarray(samples.T), sample_rate)
 
 
-def _guarded(blocks: Iterator[Samples], kind: str) -> Iterator[Samples]:
-    """The blocks, with the errors of decoders as ValueErrors."""
+@contextmanager
+def _in_words(kind: str) -> Iterator[None]:
+    """Errors of decoders as ValueErrors; damaged bytes make them raise almost anything."""
     try:
-        yield from blocks
-    except Exception as error:  # damaged bytes make decoders raise almost anything
+        yield
+    except Exception as error:
         if type(error) is ValueError:
             raise
         reason = getattr(error, "strerror", None) or (str(error) or type(error).__name__).splitlines()[0]

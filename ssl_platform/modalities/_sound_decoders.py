@@ -149,7 +149,7 @@ class FFmpegDecoder:
     def _opened(self) -> Any:
         self.file.seek(0)
         try:
-            return package("av").open(self.file, format=FFMPEG_FORMATS[self.kind])
+            return package("av").open(self.file, format=FFMPEG_FORMATS[self.kind], metadata_errors="ignore")
         except package("av").FFmpegError as error:
             raise ValueError(f"cannot be decoded as {self.kind}: {error.strerror}") from error
 
@@ -157,7 +157,7 @@ class FFmpegDecoder:
         if not container.streams.audio:
             raise ValueError(f"no sound in this {self.kind} file")
         stream = container.streams.audio[0]
-        if stream.codec_context is None:
+        if stream.codec_context is None or stream.format is None:
             raise ValueError(f"cannot be decoded as {self.kind}: its codec is not known")
         return stream
 

@@ -7,8 +7,10 @@ from typing import NamedTuple
 PCM, FLOAT, A_LAW, MU_LAW, EXTENSIBLE = 1, 3, 6, 7, 0xFFFE
 _GUID_TAIL = bytes.fromhex("000000001000800000aa00389b71")
 """Of every sub-format that is a format code of its own, which stands in the two bytes before it."""
-_STREAMED = (0, 0xFFFFFFFF)
+_UINT32 = 0xFFFFFFFF
+_STREAMED = (0, _UINT32)
 """Sizes of a data chunk that a program wrote which did not know the length: the samples go on to the end."""
+_STREAMED_BY_SOX = 0x7FFFF000
 
 
 class Wav(NamedTuple):
@@ -37,7 +39,7 @@ class Wav(NamedTuple):
         frame = self.frame
         code = EXTENSIBLE if self.is_extensible else self.code
         form = struct.pack(
-            "<HHIIHH", code, self.num_channels, self.sample_rate, self.sample_rate * frame, frame, self.bits
+            "<HHIIHH", code, self.num_channels, self.sample_rate, self.sample_rate * frame & _UINT32, frame, self.bits
         )
         if self.is_extensible:
             form += struct.pack("<HHIH", 22, self.valid_bits, self.speakers, self.code) + _GUID_TAIL
@@ -70,7 +72,11 @@ def read_wav(data: bytes | mmap.mmap) -> Wav | None:
 
 def _samples(data: bytes | mmap.mmap, start: int, size: int) -> memoryview:
     there = len(data) - start
-    if size == 0xFFFFFFFF or (size == 0 and int.from_bytes(data[4:8], "little") in _STREAMED):
+    if (
+        size == _UINT32
+        or (size == _STREAMED_BY_SOX > there)
+        or (size == 0 and int.from_bytes(data[4:8], "little") in _STREAMED)
+    ):
         size = there
     if size > there:
         raise ValueError(f"truncated: the header says {size} bytes of samples, there are {there}")
