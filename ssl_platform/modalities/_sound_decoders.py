@@ -102,17 +102,24 @@ class WavDecoder:
 
 
 class SoundfileDecoder:
-    """What libsndfile opens; it goes to exact places of every format that it knows."""
+    """What libsndfile opens; it goes to exact places of every format that it knows.
+
+    But not of Vorbis and MP3 if it has read before: of a few hundred samples what it then gives depends on what that was
+    (https://github.com/libsndfile/libsndfile/issues/885), so each reading of a lossy file begins anew.
+    """
 
     def __init__(self, file: IO[bytes], kind: str) -> None:
-        self.kind = kind
-        with self._quietly():
-            self.sound = package("soundfile").SoundFile(file)
-        sound = self.sound
+        self.file, self.kind = file, kind
+        sound = self.sound = self._opened()
         self.info = AudioInfo(
             kind, sound.samplerate, sound.channels, max(sound.frames, 0),
             _BITS.get(sound.subtype, 16), sound.subtype in _LOSSY,
         )  # fmt: skip
+
+    def _opened(self) -> Any:
+        self.file.seek(0)
+        with self._quietly():
+            return package("soundfile").SoundFile(self.file)
 
     def _quietly(self) -> AbstractContextManager[None]:
         return without_decoder_notes() if self.kind == "mp3" else nullcontext()
@@ -121,6 +128,8 @@ class SoundfileDecoder:
         end = min(last, self.sound.frames)
         if first >= end:
             return
+        if self.info.is_lossy and self.sound.tell():
+            self.sound = self._opened()
         with self._quietly():
             if self.sound.tell() != first:
                 self.sound.seek(first)

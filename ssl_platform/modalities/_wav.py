@@ -72,11 +72,8 @@ def read_wav(data: bytes | mmap.mmap) -> Wav | None:
 
 def _samples(data: bytes | mmap.mmap, start: int, size: int) -> memoryview:
     there = len(data) - start
-    if (
-        size == _UINT32
-        or (size == _STREAMED_BY_SOX > there)
-        or (size == 0 and int.from_bytes(data[4:8], "little") in _STREAMED)
-    ):
+    is_open = size == 0 and int.from_bytes(data[4:8], "little") in _STREAMED
+    if is_open or size == _UINT32 or size == _STREAMED_BY_SOX > there:
         size = there
     if size > there:
         raise ValueError(f"truncated: the header says {size} bytes of samples, there are {there}")
