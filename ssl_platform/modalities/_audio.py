@@ -18,7 +18,7 @@ from ssl_platform.modalities._sound_decoders import Decoder, open_decoder
 from ssl_platform.modalities._sound_decoders import Samples as Samples
 from ssl_platform.modalities._sound_decoders import package as package
 from ssl_platform.modalities._sound_length import check_length
-from ssl_platform.modalities._wav import is_wav, read_wav
+from ssl_platform.modalities._wav import Wav, is_wav, read_wav
 
 EXTENSIONS = ("wav", "flac", "ogg", "oga", "opus", "mp3", "m4a", "aac", "aif", "aiff", "au", "caf", "webm", "wma")
 MAX_VALUES = 1 << 28
@@ -96,13 +96,11 @@ class SoundFile:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if isinstance(source, Path) else source
             wav = read_wav(data) if is_wav(data) else None
             check_length(data)
+        if wav is not None:  # libsndfile refuses some of these without a reason
+            _check_header(wav)
         with _in_words(kind):
             decoder = open_decoder(file, kind, wav)
-        rate, num_channels = decoder.info.sample_rate, decoder.info.num_channels
-        if not MIN_SAMPLE_RATE <= rate <= MAX_SAMPLE_RATE:
-            raise ValueError(f"the header says {rate} Hz, expected {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}")
-        if not 0 < num_channels <= MAX_CHANNELS:
-            raise ValueError(f"the header says {num_channels} channels, expected 1 to {MAX_CHANNELS}")
+        _check_header(decoder.info)
         return decoder
 
     def close(self) -> None:
@@ -163,6 +161,13 @@ def resample(sound: Sound, sample_rate: int) -> Sound:
     soxr = package("soxr")
     samples = soxr.resample(np.ascontiguousarray(sound.samples.T), sound.sample_rate, sample_rate)  # (samples, C)
     return Sound(np.ascontiguousarray(samples.T), sample_rate)
+
+
+def _check_header(info: AudioInfo | Wav) -> None:
+    if not MIN_SAMPLE_RATE <= info.sample_rate <= MAX_SAMPLE_RATE:
+        raise ValueError(f"the header says {info.sample_rate} Hz, expected {MIN_SAMPLE_RATE} to {MAX_SAMPLE_RATE}")
+    if not 0 < info.num_channels <= MAX_CHANNELS:
+        raise ValueError(f"the header says {info.num_channels} channels, expected 1 to {MAX_CHANNELS}")
 
 
 @contextmanager

@@ -185,6 +185,8 @@ class FFmpegDecoder:
                         yield block[:, begin : int(end)]
                 if place >= last:
                     return
+            if first == 0 and 2 * (place or 0) < self.info.num_samples:  # it may be a guess, but no such one
+                raise ValueError(f"truncated: the header says {self.info.num_samples} samples, there are {place}")
 
     def _go_near(self, container: Any, stream: Any, first: int) -> int | None:
         """0, or None if it went to a frame before `first`, whose time stamp says where it is.
