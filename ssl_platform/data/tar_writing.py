@@ -116,7 +116,9 @@ def make_shard(job: Job) -> Made:
                 continue
             except (OSError, ValueError) as error:
                 shard.left_out.append((sample.key, "unreadable" if isinstance(error, OSError) else "unusable"))
-                reasons.append(f"{shown(sample.item.name)}: {getattr(error, 'strerror', None) or error}")
+                reasons.append(
+                    f"{shown(sample.item.name)}: {getattr(error, 'strerror', None) or error}{_where(sample.item)}"
+                )
                 continue
             if not enough:
                 shard.without_tissue += 1
@@ -134,6 +136,11 @@ def make_shard(job: Job) -> Made:
     shard.bytes = scan.size
     shard.measured(tally)
     return Made(shard, scan, reasons)
+
+
+def _where(item: Item) -> str:
+    """The file of an item that is named otherwise, if it is not there."""
+    return "" if item.path.exists() or str(item.path).endswith(item.name) else f" ({shown(str(item.path))})"
 
 
 def _is_current(job: Job, done: Shard) -> bool:

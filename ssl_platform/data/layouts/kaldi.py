@@ -37,7 +37,7 @@ COLUMNS = ("session",)
 _SESSIONS = ("utt2ses", "utt2session", "utt2video")
 _SESSIONS_OF_RECORDINGS = ("reco2ses", "reco2session", "reco2video")
 _SHELL = re.compile(r"[|<>;&$`*?(){}\n]")
-_FLAC_OPTIONS = re.compile(r"-[dcs]+|--(decode|stdout|silent|totally-silent)")
+_FLAC_OPTIONS = {"--decode": "d", "--stdout": "c", "--silent": "s", "--totally-silent": "s"}
 _MOST_LOOKED_FOR = 1000
 """So many files have to be missing until the folder for relative ones is said to be another."""
 
@@ -79,6 +79,11 @@ def items(folder: Path, arguments: argparse.Namespace) -> list[Item]:
     recordings = _recordings(table, lines, arguments.root or folder)
     utterances = _utterances(folder / "segments", lines, recordings)
     speakers = _speakers(folder)
+    if speakers and (lacking := [one.name for one in utterances if one.name not in speakers]):
+        logger.warning(
+            "%s: %d of %d utterances have no speaker, so no label, such as %s",
+            folder, len(lacking), len(utterances), shown(lacking[0]),
+        )  # fmt: skip
     sessions = _sessions(folder, utterances) if arguments.group == "session" else {}
     return [_item(table, one, recordings, speakers, sessions) for one in utterances]
 
@@ -176,9 +181,9 @@ def _file_of_command(command: str) -> str | None:
     program, options = Path(words[0]).name, words[1:-1]
     if program == "cat" and not options:
         return words[-1]
-    given = "".join(option.replace("--", "-")[1:2] if option[:2] == "--" else option for option in options)
-    decodes = program == "flac" and all(_FLAC_OPTIONS.fullmatch(option) for option in options) and "d" in given
-    return words[-1] if decodes and ("c" in given or "--stdout" in options) else None
+    letters = [_FLAC_OPTIONS.get(option, option[1:] if option.startswith("-") else "?") for option in options]
+    only_decodes = {"d", "c"} <= {*"".join(letters)} <= {"d", "c", "s"}
+    return words[-1] if program == "flac" and only_decodes else None
 
 
 def _utterances(
