@@ -15,10 +15,12 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
 from ssl_platform.modalities import _audio
 from ssl_platform.modalities._audio import Sound, decode_audio, read_info, resample
-from ssl_platform.modalities._fbank import Fbank
+from ssl_platform.modalities._fbank import Fbank, _triangles
 
 RATE = 16_000
 
@@ -283,6 +285,35 @@ def test_fbank_is_kaldis(fbank: Fbank) -> None:
     found = fbank(torch.from_numpy(samples))
     assert found.shape == expected.shape == (fbank.num_frames(len(samples)), fbank.num_bins)
     np.testing.assert_allclose(found.numpy(), expected, atol=1e-3, rtol=0 if fbank.log else 1e-3)
+
+
+@pytest.mark.parametrize("num_bins", [80, 128])
+@pytest.mark.parametrize("rate", [8000, 16_000, 32_000, 44_100])
+@settings(max_examples=15, deadline=None)
+@given(
+    window=st.sampled_from(["povey", "hanning", "hamming", "blackman", "rectangular"]),
+    frame_ms=st.sampled_from([20.0, 25.0, 32.0, 50.0, 64.0]),
+    shift_ms=st.sampled_from([5.0, 10.0, 12.5, 20.0]),
+    low_hz=st.sampled_from([0.0, 20.0, 50.0, 125.0]),
+    high_hz=st.sampled_from([0.0, -100.0, 3700.0]),
+    preemphasis=st.sampled_from([0.0, 0.9, 0.97]),
+    scale=st.sampled_from([1.0, 32768.0]),
+    flags=st.tuples(st.booleans(), st.booleans(), st.booleans(), st.booleans()),
+    seconds=st.floats(0.08, 0.4),
+)
+def test_fbank_is_kaldis_over_a_grid_of_settings(
+    rate: int, num_bins: int, flags: tuple[bool, ...], seconds: float, **others: Any
+) -> None:
+    snip_edges, remove_mean, power, log = flags
+    fbank = Fbank(rate, num_bins, snip_edges=snip_edges, remove_mean=remove_mean, power=power, log=log, **others)
+    padded = 1 << (fbank.frame_length - 1).bit_length()
+    triangles = _triangles(rate, padded, num_bins, fbank.low_hz, fbank.last_hz)
+    assume(bool((triangles.max(dim=0).values > 0).all()))  # Kaldi refuses bins that lie between two lines
+    samples = tone(seconds, 1, rate)[:, 0]
+    expected = kaldi(samples, fbank)
+    found = fbank(torch.from_numpy(samples)).numpy()
+    assert found.shape == expected.shape == (fbank.num_frames(len(samples)), num_bins)
+    np.testing.assert_allclose(found, expected, atol=1e-3, rtol=0 if log else 1e-3)
 
 
 def test_the_default_of_128_bins_is_what_the_definition_says() -> None:

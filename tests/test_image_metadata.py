@@ -86,7 +86,7 @@ def tiff(pixels: Array, **options: Any) -> bytes:
 def loaded(tmp_path: Path, data: bytes, extension: str) -> tuple[bytes, str, torch.Tensor]:
     path = tmp_path / f"file.{extension}"
     path.write_bytes(data)
-    stored, kind, values, _ = load(Item(path, path.name), Options())
+    stored, kind, values, *_ = load(Item(path, path.name), Options())
     assert values is not None
     return stored, kind, torch.from_numpy(values)
 
@@ -280,7 +280,7 @@ def test_dicom_colours_and_tags(tmp_path: Path) -> None:
     data = dicom(photo(), told)
     path = tmp_path / "a.dcm"
     path.write_bytes(data)
-    stored, kind, values, about = load(Item(path, path.name), Options())
+    stored, kind, values, about, _ = load(Item(path, path.name), Options())
     assert kind == "png" and values is not None and np.array_equal(values, np.moveaxis(photo(), -1, 0))
     assert about == {
         "Rows": 11, "Columns": 14, "BitsStored": 8, "PixelSpacing": [0.5, 0.25], "FrameTime": 33.3, "Modality": "US",

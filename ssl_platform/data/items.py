@@ -25,7 +25,8 @@ class Item(NamedTuple):
     slide: SlideTiles | None = None
     """How a tile is read where `path` is a whole slide; `corner` is then in pixels of its level 0."""
     part: tuple[int | float | str, ...] = ()
-    """What of the file is meant, in words of the medium: a row of an array, a time; `name` must tell parts apart."""
+    """What of the file is meant, in words of the medium: a row of an array, a time; `name` must tell parts apart. Of sound:
+    start and stop in seconds, and of an archive the byte at which its file begins. That of `unusable` is the reason."""
     hidden: tuple[str, ...] = ()
     """What names somebody besides the group, and is stored as a salted hash too: "label", columns by their names."""
 
@@ -38,3 +39,16 @@ class Item(NamedTuple):
     def is_whole(self) -> bool:
         """Whether the size of the file says how large the sample is."""
         return self.corner is None and not self.part
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot be packed, if whoever listed it found that; "" else."""
+        return str(self.part[1]) if self.part[:1] == (_UNUSABLE,) else ""
+
+
+_UNUSABLE = "unusable"
+
+
+def unusable(item: Item, reason: str) -> Item:
+    """The item as one that is left out for this reason, named and counted as files are that cannot be decoded."""
+    return item._replace(part=(_UNUSABLE, reason))

@@ -27,6 +27,7 @@ and statistics, for ssl-train and ssl-eval. Any WebDataset tool can read the tar
   a folder                all files of one medium in it and below it;
   a .csv or .tsv file     a table with a header: path (relative to the table), and optionally label, group (patient,
                           slide, ...: what an evaluation must not split) and others, of which --keep-columns are kept;
+                          of sound, start and stop in seconds where a row is a segment;
   an image, with --tile   a large image that is cut into tiles. With --tile and a table, each row is one tile, its upper
                           left pixel in the columns x and y.
 
@@ -113,9 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--groups",
-        choices=["none", "folder"],
+        choices=["none", "folder", "subfolder"],
         default="none",
-        help="folder: the sub-folder is the group, as a patient's",
+        help="folder: the sub-folder is the group, as a patient's; subfolder: with the folder in it, as SPEAKER/SESSION",
     )
     parser.add_argument(
         "--min-tissue",
@@ -169,8 +170,8 @@ def _listed(arguments: argparse.Namespace) -> "tuple[list[Item], dict[str, Any]]
     _refuse_unused(arguments, is_image)
     if source.is_dir():
         asked = {"tile": tile, "labels": arguments.labels, "groups": arguments.groups}
-        labels, groups = arguments.labels == "folder", arguments.groups == "folder"
-        return folder_items(source, labels, groups, arguments.medium), asked
+        depth = ("none", "folder", "subfolder").index(arguments.groups)
+        return folder_items(source, arguments.labels == "folder", depth, arguments.medium), asked
     if not is_image:
         by_column = arguments.split == ["column"]
         return manifest_items(source, tile is not None, by_column, medium=arguments.medium), {"tile": tile}

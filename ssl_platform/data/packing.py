@@ -203,6 +203,10 @@ def _finish(plan: Plan, shards: Mapping[str, Shard], scans: Mapping[str, ShardSc
             + f" and {without_tissue} have less than min_tissue {plan.settings['min_tissue']}" * bool(without_tissue)
             + "".join(f", {number} are {check}" for check, number in dropped.items())
         )
+    noted = dict(sum((Counter(shard.noted) for shard in every), Counter[str]()))
+    if noted:
+        counts = ", ".join(f"{number} {note}" for note, number in sorted(noted.items()))
+        logger.warning("%s: of %d samples, %s", plan.folder, sum(shard.samples for shard in every), counts)
     channels = sorted({int(channels) for shard in every for channels in shard.pixels})
     if len(channels) > 1:
         logger.warning("the samples have %s channels, so there is no mean and std", " and ".join(map(str, channels)))
@@ -214,6 +218,7 @@ def _finish(plan: Plan, shards: Mapping[str, Shard], scans: Mapping[str, ShardSc
         unreadable=len(left_out),
         without_tissue=without_tissue,
         dropped=dropped,
+        noted=noted,
         packed=plan.settings,
     )
     write_index(plan.folder, about, rows)

@@ -165,7 +165,7 @@ def _remuxed(data: bytes, read_as: str, write_as: str) -> bytes | None:
     file = io.BytesIO()
     try:
         with (
-            av.open(io.BytesIO(data), format=read_as) as source,
+            av.open(io.BytesIO(data), format=read_as, metadata_errors="ignore") as source,
             av.open(file, "w", format=write_as, options={"fflags": "+bitexact"}) as target,
         ):
             if not source.streams.audio:

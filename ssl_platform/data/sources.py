@@ -1,6 +1,7 @@
 """What ssl-pack can pack, as lists of items: the files of a folder, or those that a manifest lists."""
 
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from ssl_platform.data import dicom
 from ssl_platform.data.items import Item
 from ssl_platform.data.media import extensions_of, file_media, medium_of, plural
-from ssl_platform.data.tables import read_rows, width_problem
+from ssl_platform.data.tables import Rows, read_rows, width_problem
 from ssl_platform.data.tar_headers import shown
 
 logger = logging.getLogger(__name__)
@@ -22,9 +23,10 @@ _HEAD = 1 << 20
 """So many bytes show what a file is."""
 
 
-def folder_items(folder: Path, labels: bool, groups: bool = False, medium: str | None = None) -> list[Item]:
-    """Every file of a medium below a folder, sorted; with `labels` or `groups`, the first folder of its relative path is
-    that. Otherwise the group of a DICOM file is its PatientID. Without `medium` the extensions tell it.
+def folder_items(folder: Path, labels: bool, group_depth: int = 0, medium: str | None = None) -> list[Item]:
+    """Every file of a medium below a folder, sorted; with `labels` the first folder of its relative path is the label, and
+    the first `group_depth` folders are the group. Otherwise the group of a DICOM file is its PatientID. Without `medium`
+    the extensions tell it.
 
     Raises ValueError if there is no file of that kind, or if there are several kinds.
     """
@@ -43,13 +45,13 @@ def folder_items(folder: Path, labels: bool, groups: bool = False, medium: str |
         kinds = " or ".join(sorted(plural(name) for name in media))
         raise ValueError(f"{folder}: no {kinds} in this folder or below it (looked for {', '.join(known)})")
     names = sorted(path.relative_to(folder).as_posix() for path in found)
-    first = _typed([name.split("/")[0] if "/" in name else "" for name in names])
+    first, groups = (_typed(["/".join(name.split("/")[:-1][:depth]) for name in names]) for depth in (1, group_depth))
     kinds_of = _media_of(folder, [folder / name for name in names], medium, are_named=False)
     items = [
-        Item(folder / name, name, value if labels else None, value if groups else None, medium=kind)
-        for name, value, kind in zip(names, first, kinds_of, strict=True)
+        Item(folder / name, name, value if labels else None, group, medium=kind)
+        for name, value, group, kind in zip(names, first, groups, kinds_of, strict=True)
     ]
-    return items if groups else _with_patients(items)
+    return items if group_depth else _with_patients(items)
 
 
 def _extension(path: Path) -> str:
@@ -135,7 +137,8 @@ def is_manifest(path: Path) -> bool:
 def manifest_items(manifest: Path, tiles: bool, splits: bool = False, medium: str | None = None) -> list[Item]:
     """The rows of a CSV or TSV file: columns path, label, group, any others; with `tiles`, x and y of a tile's corner.
 
-    With `splits` the column split says which split a row is in. DICOM files without a group have their PatientID's.
+    With `splits` the column split says which split a row is in. Of sound, start and stop are seconds of a segment, the
+    beginning and the end where they are empty. DICOM files without a group have their PatientID's.
     Without `medium` the extensions tell it, and unknown ones are images.
     Raises ValueError with the numbers of the lines that are wrong.
     """
@@ -159,29 +162,57 @@ def manifest_items(manifest: Path, tiles: bool, splits: bool = False, medium: st
     problems = [
         (line, problem) for line, row in rows[1:] if (problem := _row_problem(manifest, header, row, tiles, splits))
     ]
-    if problems:
-        lines = [f"  line {line}: {problem}" for line, problem in problems[:_MAX_LINES]]
-        more = [f"  and {len(problems) - _MAX_LINES} more"] * (len(problems) > _MAX_LINES)
-        raise ValueError("\n".join([f"{manifest}: {len(problems)} lines cannot be used", *lines, *more]))
+    _refuse(manifest, problems)
     table = [dict(zip(header, row, strict=True)) for _, row in rows[1:]]
-    _warn_of_repetition(manifest, [(line, row[header.index("path")]) for line, row in rows[1:]], tiles)
     labels, groups = (_typed([row.get(name, "").strip() for row in table]) for name in ("label", "group"))
     kinds = _media_of(manifest, [manifest.parent / row["path"] for row in table], medium, are_named=True)
+    parts = _segments(manifest, rows[1:], table) if {*kinds} == {"audio"} else [()] * len(table)
+    names = [row["path"] + (f"#{part[0]}-{part[1]}" if part else "") for row, part in zip(table, parts, strict=True)]
+    _warn_of_repetition(manifest, [(line, name) for (line, _), name in zip(rows[1:], names, strict=True)], tiles)
     special = {"path", "label", "group", *(("x", "y") if tiles else ()), *(("split",) if splits else ())}
     items = [
         Item(
             path=manifest.parent / row["path"],
-            name=row["path"],
+            name=name,
             label=label,
             group=group,
             columns=tuple((name, text) for name, text in row.items() if name not in special),
             corner=(int(row["x"]), int(row["y"])) if tiles else None,
             split=row["split"].strip() if splits else None,
             medium=kind,
+            part=part,
         )
-        for row, label, group, kind in zip(table, labels, groups, kinds, strict=True)
+        for row, label, group, kind, name, part in zip(table, labels, groups, kinds, names, parts, strict=True)
     ]
     return _with_patients(items)
+
+
+def _refuse(manifest: Path, problems: Sequence[tuple[int, str]]) -> None:
+    if problems:
+        lines = [f"  line {line}: {problem}" for line, problem in problems[:_MAX_LINES]]
+        more = [f"  and {len(problems) - _MAX_LINES} more"] * (len(problems) > _MAX_LINES)
+        raise ValueError("\n".join([f"{manifest}: {len(problems)} lines cannot be used", *lines, *more]))
+
+
+def _segments(manifest: Path, rows: Rows, table: Sequence[dict[str, str]]) -> list[tuple[float, ...]]:
+    """What the columns start and stop say of each sound, in seconds: () for the whole."""
+    parts, problems = list[tuple[float, ...]](), []
+    for (line, _), row in zip(rows, table, strict=True):
+        texts = [row.get("start", "").strip(), row.get("stop", "").strip()]
+        try:
+            start, stop = float(texts[0] or 0), float(texts[1] or math.inf)
+        except ValueError:
+            start = stop = math.nan
+        if not 0 <= start < stop:
+            problems.append(
+                (
+                    line,
+                    f"from '{shown(texts[0])}' to '{shown(texts[1])}': start and stop are seconds, 0 <= start < stop",
+                )
+            )
+        parts.append((start, stop) if any(texts) else ())
+    _refuse(manifest, problems)
+    return parts
 
 
 def _warn_of_repetition(manifest: Path, paths: Sequence[tuple[int, str]], tiles: bool) -> None:

@@ -42,6 +42,8 @@ class Shard:
     without_tissue: int = 0
     dropped: dict[str, int] = field(default_factory=dict)
     """How many tiles of slides each check left out."""
+    noted: dict[str, int] = field(default_factory=dict)
+    """How many samples have each of the media's notes, such as "silent"."""
     inputs: str = ""
     """Sizes and times of the files that it was made from, as a salted digest."""
 
@@ -114,13 +116,17 @@ def make_shard(job: Job) -> Made:
                 continue
             except (OSError, ValueError) as error:
                 shard.left_out.append((sample.key, "unreadable" if isinstance(error, OSError) else "unusable"))
-                reasons.append(f"{shown(sample.item.name)}: {getattr(error, 'strerror', None) or error}")
+                reasons.append(
+                    f"{shown(sample.item.name)}: {getattr(error, 'strerror', None) or error}{_where(sample.item)}"
+                )
                 continue
             if not enough:
                 shard.without_tissue += 1
                 continue
             tar.write(_members(sample, content))
             shard.samples += 1
+            for note in content.notes:
+                shard.noted[note] = shard.noted.get(note, 0) + 1
             if content.values is not None:
                 tally.add(content.values)
         # What is written now is no longer what the index says, which whoever finishes last writes again.
@@ -130,6 +136,11 @@ def make_shard(job: Job) -> Made:
     shard.bytes = scan.size
     shard.measured(tally)
     return Made(shard, scan, reasons)
+
+
+def _where(item: Item) -> str:
+    """The file of an item that is named otherwise, if it is not there."""
+    return "" if item.path.exists() or str(item.path).endswith(item.name) else f" ({shown(str(item.path))})"
 
 
 def _is_current(job: Job, done: Shard) -> bool:

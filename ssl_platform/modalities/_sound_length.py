@@ -1,11 +1,12 @@
 """Whether a sound file holds all the bytes of samples that its header says; libsndfile reads on as far as they go."""
 
+import mmap
 import struct
 
 _UNKNOWN = 0xFFFFFFFF
 
 
-def check_length(data: bytes) -> None:
+def check_length(data: bytes | mmap.mmap) -> None:
     """Raises ValueError if an AIFF, AU, CAF, RF64 or RIFX file is cut off; other kinds are not looked at."""
     if data[:4] == b".snd":
         start, size = struct.unpack(">II", data[4:12].ljust(8, b"\0"))
@@ -25,7 +26,7 @@ def check_length(data: bytes) -> None:
         raise ValueError(f"truncated: the header says {found[1]} bytes of samples, there are {there}")
 
 
-def _chunk(data: bytes, wanted: bytes, place: int, header: str, padding: int = 2) -> tuple[int, int]:
+def _chunk(data: bytes | mmap.mmap, wanted: bytes, place: int, header: str, padding: int = 2) -> tuple[int, int]:
     """Where a chunk's body begins, and the size that is said; each begins at an even place where `padding` is 2."""
     width = struct.calcsize(header)
     while place + width <= len(data):
@@ -36,7 +37,7 @@ def _chunk(data: bytes, wanted: bytes, place: int, header: str, padding: int = 2
     raise ValueError("truncated: a file without samples")
 
 
-def _long_size(data: bytes, start: int) -> tuple[int, int] | None:
+def _long_size(data: bytes | mmap.mmap, start: int) -> tuple[int, int] | None:
     """The size in 64 bits that RF64 has in a chunk of its own (EBU Tech 3306); None if a program left it open."""
     place, length = _chunk(data, b"ds64", 12, "<4sI")
     if length < 16 or place + 16 > len(data):

@@ -1,13 +1,16 @@
 """WAV files as bytes: where the samples lie, and a file that holds them and nothing else."""
 
+import mmap
 import struct
 from typing import NamedTuple
 
 PCM, FLOAT, A_LAW, MU_LAW, EXTENSIBLE = 1, 3, 6, 7, 0xFFFE
 _GUID_TAIL = bytes.fromhex("000000001000800000aa00389b71")
 """Of every sub-format that is a format code of its own, which stands in the two bytes before it."""
-_STREAMED = (0, 0xFFFFFFFF)
+_UINT32 = 0xFFFFFFFF
+_STREAMED = (0, _UINT32)
 """Sizes of a data chunk that a program wrote which did not know the length: the samples go on to the end."""
+_STREAMED_BY_SOX = 0x7FFFF000
 
 
 class Wav(NamedTuple):
@@ -26,12 +29,17 @@ class Wav(NamedTuple):
     is_extensible: bool
     samples: memoryview
 
+    @property
+    def frame(self) -> int:
+        """Bytes of one sample of all channels."""
+        return self.num_channels * self.bits // 8
+
     def encode(self) -> bytes:
         """A file of the chunks `fmt ` and `data` alone, with the same samples."""
-        frame = self.num_channels * self.bits // 8
+        frame = self.frame
         code = EXTENSIBLE if self.is_extensible else self.code
         form = struct.pack(
-            "<HHIIHH", code, self.num_channels, self.sample_rate, self.sample_rate * frame, frame, self.bits
+            "<HHIIHH", code, self.num_channels, self.sample_rate, self.sample_rate * frame & _UINT32, frame, self.bits
         )
         if self.is_extensible:
             form += struct.pack("<HHIH", 22, self.valid_bits, self.speakers, self.code) + _GUID_TAIL
@@ -41,11 +49,11 @@ class Wav(NamedTuple):
         return b"".join([whole, self.samples, b"\0" * (size % 2)])
 
 
-def is_wav(data: bytes) -> bool:
+def is_wav(data: bytes | mmap.mmap) -> bool:
     return data[:4] == b"RIFF" and data[8:12] == b"WAVE"
 
 
-def read_wav(data: bytes) -> Wav | None:
+def read_wav(data: bytes | mmap.mmap) -> Wav | None:
     """The parts of a WAV file of PCM, floats, A-law or mu-law; None if its samples are written in another way.
 
     Raises ValueError if the file is cut off or says impossible things.
@@ -62,9 +70,10 @@ def read_wav(data: bytes) -> Wav | None:
     raise ValueError("truncated: a WAV file without samples")
 
 
-def _samples(data: bytes, start: int, size: int) -> memoryview:
+def _samples(data: bytes | mmap.mmap, start: int, size: int) -> memoryview:
     there = len(data) - start
-    if size == 0xFFFFFFFF or (size == 0 and int.from_bytes(data[4:8], "little") in _STREAMED):
+    is_open = size == 0 and int.from_bytes(data[4:8], "little") in _STREAMED
+    if is_open or size == _UINT32 or size == _STREAMED_BY_SOX > there:
         size = there
     if size > there:
         raise ValueError(f"truncated: the header says {size} bytes of samples, there are {there}")

@@ -50,6 +50,8 @@ class Content(NamedTuple):
     value, floats, which must be finite, as they are. None: no statistics."""
     about: dict[str, Any] = {}
     """What the sample's `json` says besides label, group and columns."""
+    notes: tuple[str, ...] = ()
+    """In a word each, what is odd about it and no reason to leave it out; these are counted, and the counts told."""
 
 
 class Look(NamedTuple):
@@ -67,6 +69,8 @@ class Look(NamedTuple):
 
 def load(item: Item, options: Options) -> Content:
     """Reads and checks an item; raises ValueError or OSError with the reason if it is bad, and it is left out."""
+    if item.problem:
+        raise ValueError(item.problem)
     content: Content = _module(item.medium).load(item, options)
     return content
 
