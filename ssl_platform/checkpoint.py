@@ -59,6 +59,19 @@ class TrainState:
     """The steps whose weights it is the mean of, if `ssl-average` made it: nothing can be resumed from it."""
 
 
+def save(
+    folder: Path, state: TrainState, config_yaml: str, model: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]
+) -> Path:
+    """Writes `folder/step_XXXXXXXX` at once and returns it; `saving` takes the same steps beside the training."""
+    temporary = open_part(folder, state.step)
+    groups = {
+        name: {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        for name, tensors in (("model", model), ("optimizer", optimizer))
+    }
+    files = write_part(temporary, groups, 0, sharded=False)
+    return commit(temporary, state, config_yaml, files, None)
+
+
 def open_part(folder: Path, step: int) -> Path:
     """An empty folder for what will be the checkpoint of `step`; nobody may be writing in it."""
     temporary = part_of(folder, step)

@@ -15,14 +15,13 @@ from ssl_platform.log import cut_back, read_lines
 from ssl_platform.run_lock import RunLocked, lock, locked
 from ssl_platform.step import train_step
 from tests import engine
-from tests.checkpoints import write_checkpoint
 from tests.ranks import run_ranks
 
 
 def write(folder: Path, step: int) -> Path:
     state = TrainState(step=step, batch_size=4, accumulate=1, world_size=1, seed=0, counters={"skipped_steps": 2})
     tensors = {"a": torch.arange(1000.0), "b": torch.ones(3)}
-    return write_checkpoint(folder, state, "steps: 1\n", tensors, {"a/exp_avg": torch.zeros(1000)})
+    return checkpoint.save(folder, state, "steps: 1\n", tensors, {"a/exp_avg": torch.zeros(1000)})
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -122,12 +121,12 @@ def test_optimizer_state_by_name(tmp_path: Path) -> None:
     tensors = checkpoint.optimizer_tensors(first.optimizer)
     assert "networks.student.cls_token/exp_avg_sq" in tensors
     state = TrainState(step=1, batch_size=4, accumulate=1, world_size=1, seed=0)
-    checkpoint.load_optimizer(second.optimizer, write_checkpoint(tmp_path, state, "", {}, tensors))
+    checkpoint.load_optimizer(second.optimizer, checkpoint.save(tmp_path, state, "", {}, tensors))
     again = checkpoint.optimizer_tensors(second.optimizer)
     assert again.keys() == tensors.keys() and all(torch.equal(again[key], value) for key, value in tensors.items())
     with pytest.raises(CheckpointError, match="parameters this configuration has not"):
         checkpoint.load_optimizer(
-            second.optimizer, write_checkpoint(tmp_path, state, "", {}, {"other/exp_avg": torch.zeros(1)})
+            second.optimizer, checkpoint.save(tmp_path, state, "", {}, {"other/exp_avg": torch.zeros(1)})
         )
 
 

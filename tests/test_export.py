@@ -18,7 +18,6 @@ from ssl_platform.checkpoint import TrainState
 from ssl_platform.config import to_yaml, validate
 from ssl_platform.encoder import Encoder
 from ssl_platform.recipe import Recipe, build_networks
-from tests.checkpoints import write_checkpoint
 
 STATISTICS = {"mean": [0.6, 0.5, 0.4], "std": [0.2, 0.3, 0.1]}
 VIT = {"name": "vit", "embed_dim": 24, "depth": 2, "num_heads": 2}
@@ -64,7 +63,7 @@ def write_run(run: Path, backbone: dict[str, Any], steps: tuple[int, ...] = (5,)
         )
         tensors = {f"networks.{key}": value for key, value in networks.state_dict().items()}
         tensors["heads.dino.student.weight"] = torch.zeros(3)
-        write_checkpoint(run / "checkpoints", state, to_yaml(recipe), tensors, {})
+        checkpoint.save(run / "checkpoints", state, to_yaml(recipe), tensors, {})
     return recipe
 
 

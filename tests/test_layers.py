@@ -9,19 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     {"config", "distributed", "bounded_store", "sharding", "blocks", "location", "optional", "plain_yaml"},
-    {
-        "log",
-        "optim",
-        "views",
-        "patch_embed",
-        "batch_norm",
-        "progress",
-        "peers",
-        "stragglers",
-        "costs",
-        "tensor_files",
-        "worker",
-    },
+    {"peers", "stragglers", "costs", "tensor_files", "worker"},
+    {"log", "optim", "views", "patch_embed", "batch_norm", "progress"},
     {"masks", "backbones", "heads", "checkpoint", "run_lock", "saving"},
     {"modalities"},
     {"objectives", "data"},

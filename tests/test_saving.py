@@ -23,7 +23,6 @@ from ssl_platform.recipe import InitConfig
 from ssl_platform.saving import Saver
 from ssl_platform.train import main
 from ssl_platform.weights import read, sha256
-from tests.checkpoints import write_checkpoint
 from tests.ranks import run_ranks
 from tests.test_resume import SMOKE
 from tests.test_resume import assert_equal as assert_equal_runs
@@ -153,7 +152,7 @@ def test_saved_by_one_process_and_read_sharded(tmp_path: Path) -> None:
 def test_the_file_is_the_same_as_the_synchronous_one(tmp_path: Path) -> None:
     module, optimizer = toy((1,), 5)
     moments = checkpoint.optimizer_tensors(optimizer)
-    path = write_checkpoint(tmp_path / "a", state(5), "steps: 1\n", module.state_dict(), moments)
+    path = checkpoint.save(tmp_path / "a", state(5), "steps: 1\n", module.state_dict(), moments)
     saver = Saver(tmp_path / "b", 3, None, 60)
     saver.begin(state(5), "steps: 1\n", module.state_dict(), moments)
     assert saver.take() == (5, "")
