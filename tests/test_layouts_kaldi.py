@@ -160,7 +160,8 @@ def test_an_utterance_twice_in_wav_scp(tmp_path: Path, capsys: pytest.CaptureFix
         ("sox a.wav -r 8k -t wav - ", None), ("cat a.wav b.wav", None), ("cat a.wav | sox - -t wav -", None),
         ("cat -n a.wav", None), ("cat $HOME/a.wav", None), ("cat *.wav", None), ("cat 'a.wav", None), ("cat", None),
         ("sph2pipe -f wav -p -c 1 a.sph", None), ("flac -dc --skip=10 a.flac", None), ("flac -dc -", None),
-        ("flac -dcz a.flac", None), ("flac -dc b.flac a.flac", None), ("rm a.wav", None), ("cat a.wav; rm a.wav", None), ("flac --decode-through-errors -c a.flac", None), ("", None),
+        ("flac -dcz a.flac", None), ("flac -dc b.flac a.flac", None), ("rm a.wav", None),
+        ("cat a.wav; rm a.wav", None), ("flac --decode-through-errors -c a.flac", None), ("", None),
     ],
 )  # fmt: skip
 def test_commands_that_only_print_a_file_are_read_without_them(command: str, file: str | None) -> None:
