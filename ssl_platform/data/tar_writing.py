@@ -116,9 +116,8 @@ def make_shard(job: Job) -> Made:
                 continue
             except (OSError, ValueError) as error:
                 shard.left_out.append((sample.key, "unreadable" if isinstance(error, OSError) else "unusable"))
-                reasons.append(
-                    f"{shown(sample.item.name)}: {getattr(error, 'strerror', None) or error}{_where(sample.item)}"
-                )
+                why = getattr(error, "strerror", None) or error
+                reasons.append(f"{shown(sample.item.name)}: {why}{_where(sample.item)}")
                 continue
             if not enough:
                 shard.without_tissue += 1
