@@ -109,7 +109,7 @@ def _read_checkpoint(path: Path, network: str) -> tuple[EncoderConfig, dict[str,
     if network not in recipe.networks:
         raise ValueError(f"{path}: has no network '{network}', but {', '.join(recipe.networks)}")
     config = EncoderConfig(
-        modality=recipe.modality,
+        modality=recipe.modality.for_export() if hasattr(recipe.modality, "for_export") else recipe.modality,
         networks={name: one.model_copy(update={"init": None}) for name, one in recipe.networks.items()},  # holds a path
         network=network,
         seed=recipe.seed,
