@@ -36,8 +36,8 @@ class EncoderConfig(Config):
     seed: int
     step: int
     """Finished optimiser steps."""
-    statistics: dict[str, list[float] | dict[str, list[float]]] | None = None
-    """The channels' mean, std and percentiles in the training shards."""
+    statistics: dict[str, Any] | None = None
+    """The channels' mean, std and percentiles in the training shards, and what they are of if not of pixels."""
 
 
 class Encoder(nn.Module):

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
@@ -24,7 +25,18 @@ def image_record() -> dict[str, bytes]:
     return {"png": file.getvalue(), "json": b"{}"}
 
 
-RECORDS = {"image": image_record, "pathology": image_record}
+def sound_record() -> dict[str, bytes]:
+    """1.2 s of a sliding tone in noise, stereo."""
+    rate = 22_050
+    times = np.arange(int(1.2 * rate)) / rate
+    tone = 0.4 * np.sin(2 * np.pi * (300 * times + 900 * times**2))
+    samples = tone[:, None] + 0.02 * np.random.default_rng(0).normal(size=(len(times), 2))
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="wav")
+    return {"wav": file.getvalue(), "json": b"{}"}
+
+
+RECORDS = {"image": image_record, "pathology": image_record, "speaker": sound_record, "spectrogram": sound_record}
 """A record that the default configuration of each modality takes."""
 
 
