@@ -160,13 +160,17 @@ def test_a_room_longer_than_the_chunk() -> None:
 def test_energy_of_noise_is_kept() -> None:
     samples = speech_like(5 * RATE)
     found = [power(reverberated(samples, room(seed=seed).float())) / power(samples) for seed in range(8)]
-    assert 0.8 < min(found) and max(found) < 1.25
+    assert all(0.8 < one < 1.25 for one in found)
 
 
 def test_peaks_and_silence() -> None:
     assert float(peak_normalized(speech_like()).abs().max()) == pytest.approx(1.0)
     silence = torch.zeros(1000)
-    for found in (peak_normalized(silence), with_noise(silence, speech_like(1000), 10.0), reverberated(silence, room())):
+    for found in (
+        peak_normalized(silence),
+        with_noise(silence, speech_like(1000), 10.0),
+        reverberated(silence, room()),
+    ):
         assert torch.equal(found.float(), silence)
 
 
@@ -237,7 +241,7 @@ def test_a_response_of_many_channels_is_its_first_one(tmp_path: Path) -> None:
 def test_only_bad_files_are_an_error_of_the_sample(tmp_path: Path) -> None:
     write(tmp_path / "a.wav", np.zeros(RATE))
     folder = SoundFolder(tmp_path, "noise.kinds.noise")
-    with pytest.raises(ValueError, match="noise.kinds.noise: 20 files in a row cannot be used, the last one .*a.wav: silent"):
+    with pytest.raises(ValueError, match="noise.kinds.noise: 20 files in a row cannot be used, .*a.wav: silent"):
         folder.draw(np.random.default_rng(0), lambda path: random_segment(path, 100, RATE, np.random.default_rng(0)))
 
 
@@ -254,7 +258,9 @@ def test_folders_that_cannot_be_used(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="noise.kinds.noise: .*: none of 1 of its 1 sound files .* can be read"):
         opened(tmp_path)
     write(tmp_path / "noise/b.wav", white())
-    with pytest.raises(ValueError, match="noise.kinds.speech: .*/speech: no such folder; leave .* out with speech: null"):
+    with pytest.raises(
+        ValueError, match="noise.kinds.speech: .*/speech: no such folder; leave .* out with speech: null"
+    ):
         opened(tmp_path)
     with pytest.raises(ValueError, match="reverb.root: .*gone: no such folder"):
         validate(ReverbConfig, {"root": str(tmp_path / "gone")}).open(RATE)
@@ -272,5 +278,7 @@ def test_settings_that_have_no_meaning() -> None:
         with pytest.raises(ConfigError) as error:
             validate(NoiseConfig, section)
         assert words in str(error.value), error.value
-    with pytest.raises(ConfigError, match="root: missing; give the folder of impulse responses as modality.reverb.root"):
+    with pytest.raises(
+        ConfigError, match="root: missing; give the folder of impulse responses as modality.reverb.root"
+    ):
         validate(ReverbConfig, {})

@@ -2,7 +2,6 @@
 
 import io
 import json
-import logging
 import warnings
 from pathlib import Path
 from typing import Any
@@ -95,7 +94,9 @@ def test_every_chunk_has_its_place_and_its_own_noise() -> None:
     for group in ("global", "local"):
         flat = made[group].flatten(1)
         assert len(torch.unique(flat, dim=0)) == len(flat)
-        torch.testing.assert_close(made[group].mean(dim=2), torch.zeros_like(made[group].mean(dim=2)), atol=1e-4, rtol=0)
+        torch.testing.assert_close(
+            made[group].mean(dim=2), torch.zeros_like(made[group].mean(dim=2)), atol=1e-4, rtol=0
+        )
         assert (made[group] - bare[group]).abs().mean() > 0.1
 
 
@@ -103,13 +104,11 @@ def test_groups_may_stay_clean() -> None:
     """What SDPN shows its teacher."""
     root = {"noise": {"root": str(DATA / "noise"), "kinds": {"speech": None, "music": None}}}
     modality = speaker(**root, fbank={"dither": 0.0}, chunks={"global": {"num": 1, "augment": 0.0}})
-    whole = voice().read(0.0, 3 * RATE, RATE)
     modality_clean = speaker(fbank={"dither": 0.0}, chunks={"global": {"num": 1}})
     assert torch.equal(views(modality, voice())["global"], views(modality_clean, voice())["global"])
-    assert len(whole) == 3 * RATE
 
 
-def test_rooms_and_noises_are_equally_likely(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rooms_and_noises_are_equally_likely() -> None:
     modality = speaker(
         noise={"root": str(DATA / "noise"), "kinds": {"speech": None, "music": None}},
         reverb={"root": str(DATA / "noise/rooms")},
@@ -117,9 +116,11 @@ def test_rooms_and_noises_are_equally_likely(monkeypatch: pytest.MonkeyPatch) ->
     modality.prepare()
     assert modality._augmentations is not None
     calls: list[str] = []
-    modality._augmentations = [
-        lambda chunk, rng, name=type(one).__name__: calls.append(name) or chunk for one in modality._augmentations
-    ]  # type: ignore[misc]
+
+    def counted(name: str) -> Any:
+        return lambda chunk, rng: calls.append(name) or chunk
+
+    modality._augmentations = [counted(type(one).__name__) for one in modality._augmentations]
     for seed in range(40):
         views(modality, voice(), seed=seed)
     assert len(calls) == 40 * 6 and 0.4 < calls.count("Reverb") / len(calls) < 0.6
@@ -167,13 +168,16 @@ def test_silence() -> None:
 
 
 def test_samples_that_are_no_numbers() -> None:
-    bad = recording(np.where(np.arange(RATE) == 500, np.nan, tone(1)), subtype="FLOAT")
     with pytest.raises(ValueError, match="holds NaN or infinite samples"):
-        views(speaker(), bad)
+        views(speaker(), recording(np.where(np.arange(RATE) == 500, np.nan, tone(1)), subtype="FLOAT"))
 
 
 def test_records_without_sound() -> None:
-    for data, words in ((b"", "the file has zero bytes"), (b"text", "not a sound file"), (None, "no sound in the record")):
+    for data, words in (
+        (b"", "the file has zero bytes"),
+        (b"text", "not a sound file"),
+        (None, "no sound in the record"),
+    ):
         with pytest.raises(ValueError, match=words):
             speaker().decode({"wav": data} if data is not None else {"jpg": b"x"})
     file = io.BytesIO()
@@ -184,7 +188,8 @@ def test_records_without_sound() -> None:
 
 def test_settings_that_do_not_fit() -> None:
     for section, words in (
-        ({"chunks": {"local": {"num_frames": 150}}}, "chunks.local.num_frames: 150 is not a multiple of patch_size[0] 4; use 148 or 152"),
+        ({"chunks": {"local": {"num_frames": 150}}}, "chunks.local.num_frames: 150 is not a multiple of patch_size[0] 4"),
+        ({"chunks": {"local": {"num_frames": 150}}}, "use 148 or 152, or another patch_size"),
         ({"fbank": {"num_bins": 64}}, "fbank.num_bins: 64 is not a multiple of patch_size[1] 80; use 80"),
         ({"chunks": {"global": {"num": 0}}}, "chunks.global.num: at least 1"),
         ({"patch_size": [0, 80]}, "patch_size: [0, 80]: expected"),
@@ -220,7 +225,11 @@ def test_a_missing_folder_ends_a_run_before_it_begins(tmp_path: Path, capsys: py
 def test_encoders_need_no_noise_and_see_what_the_run_showed(tmp_path: Path) -> None:
     (tmp_path / "noise/noise").mkdir(parents=True)
     soundfile.write(tmp_path / "noise/noise/a.wav", tone(2), RATE)
-    options = [f"modality.noise.root={tmp_path / 'noise'}", "modality.reverb=null", "modality.evaluation.num_frames=150"]
+    options = [
+        f"modality.noise.root={tmp_path / 'noise'}",
+        "modality.reverb=null",
+        "modality.evaluation.num_frames=150",
+    ]
     assert train(f"run_dir={tmp_path / 'run'}", *options) == 0
     (tmp_path / "noise").rename(tmp_path / "gone")
     encoder = Encoder.load(tmp_path / "run")
@@ -232,14 +241,13 @@ def test_encoders_need_no_noise_and_see_what_the_run_showed(tmp_path: Path) -> N
     assert encoder(view[None]).cls.isfinite().all()
 
 
-def test_a_damaged_noise_is_told_while_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_damaged_noise_is_told_while_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "noise").mkdir()
     for i in range(4):
         soundfile.write(tmp_path / f"noise/{i}.wav", tone(1, 100 * i + 100), RATE)
     (tmp_path / "noise/bad.wav").write_bytes(b"RIFF")
-    with caplog.at_level(logging.WARNING):
-        assert train(f"run_dir={tmp_path / 'run'}", f"modality.noise.root={tmp_path}", "modality.reverb=null") == 0
-    assert sum("noise/bad.wav: " in record.getMessage() for record in caplog.records) == 1
+    assert train(f"run_dir={tmp_path / 'run'}", f"modality.noise.root={tmp_path}", "modality.reverb=null") == 0
+    assert capsys.readouterr().err.count("WARNING noise.kinds.noise: ") == 1
 
 
 # -- voice activity ----------------------------------------------------------------------------------------------------
@@ -259,7 +267,9 @@ def test_what_is_not_speech_is_cut_off(detector: Any, before: float, behind: flo
     found = trimmed(padded(before, behind), detector)
     assert found is not None
     length, tolerance = voice().duration, 0.25 + MARGIN + 2 * WINDOW / RATE  # the utterance has some silence of its own
-    assert found.start == pytest.approx(before, abs=tolerance) and found.stop == pytest.approx(before + length, abs=tolerance)
+    assert found.start == pytest.approx(before, abs=tolerance) and found.stop == pytest.approx(
+        before + length, abs=tolerance
+    )
     assert found.num_samples(RATE) == pytest.approx((found.stop - found.start) * RATE, abs=1)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -299,7 +309,9 @@ def test_without_silero_the_error_says_what_to_install(monkeypatch: pytest.Monke
 
     _speech._silero.cache_clear()
     monkeypatch.setattr(_speech, "optional_package", missing)
-    with pytest.raises(ValueError, match="vad: silero needs the package silero-vad: pip install 'ssl-platform\\[vad\\]'"):
+    with pytest.raises(
+        ValueError, match="vad: silero needs the package silero-vad: pip install 'ssl-platform\\[vad\\]'"
+    ):
         speaker(vad="silero").prepare()
 
 

@@ -4,7 +4,8 @@ A modality's module holds a class `Config` whose `build(statistics)` makes it; `
 the channels on the training shards, {"mean": [...], "std": [...], "percentiles": {"1": [...], ...}}, or None; shards
 packed before percentiles were kept have none. `build(None)` must give `groups` all the same; a Config that needs more says
 why in `needs_statistics`, the name of the key that needs them, and training on shards without is refused. A Config that
-names files which only training reads has `for_export()`, the same without them.
+names files which only training reads has `for_export()`, the same without them, and its modality `prepare()`, which opens
+them before a run and never for evaluation; it raises ValueError that begins with the key.
 """
 
 from typing import Any, NamedTuple, Protocol
@@ -51,13 +52,6 @@ class Modality(Protocol):
         """Where the sizes of views differ from step to step: what one is drawn of for each step (`data/shards.py`).
 
         `groups` then says only what networks and evaluation are made for. May be left out.
-        """
-        ...
-
-    def prepare(self) -> None:
-        """Opens what `augment` needs besides shards (folders of noise); raises ValueError that begins with the key.
-
-        Called once before a run, and never for evaluation. May be left out.
         """
         ...
 

@@ -143,7 +143,8 @@ def power(samples: Tensor) -> float:
 def with_noise(samples: Tensor, noise: Tensor, snr: float) -> Tensor:
     """`samples` plus `noise` (as many) scaled so that 10 log10 of their powers' ratio is `snr`; silence stays silence."""
     gain = (power(samples) / power(noise) * 10 ** (-snr / 10)) ** 0.5
-    return samples + gain * noise
+    noisy: Tensor = samples + gain * noise
+    return noisy
 
 
 def read_response(path: Path, sample_rate: int) -> Tensor:
@@ -173,7 +174,8 @@ def reverberated(samples: Tensor, response: Tensor) -> Tensor:
     response = response[: min(taps, direct + len(samples))]
     length = next_fast_len(len(samples) + len(response) - 1, real=True)
     spectrum = torch.fft.rfft(samples, n=length) * torch.fft.rfft(response, n=length)
-    return torch.fft.irfft(spectrum, n=length)[direct : direct + len(samples)]
+    whole: Tensor = torch.fft.irfft(spectrum, n=length)
+    return whole[direct : direct + len(samples)]
 
 
 def peak_normalized(samples: Tensor) -> Tensor:

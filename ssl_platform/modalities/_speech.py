@@ -1,5 +1,7 @@
 """Where speech begins and ends in a recording: silence and room noise before and after it are left out."""
 
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -53,24 +55,17 @@ def trimmed(recording: Recording, detector: Detector) -> Trimmed | None:
     `silero` reads blocks of 16 s from both ends until each has met speech, `energy` the whole recording. What lies between
     stays, pauses included.
     """
-    num_blocks = -(-recording.num_samples(SAMPLE_RATE) // _BLOCK)
+    blocks = range(-(-recording.num_samples(SAMPLE_RATE) // _BLOCK))
     if detector == "silero":
-        first = next(
-            (place for i in range(num_blocks) if (place := _first(_is_voice(recording, i), i)) is not None), None
-        )
-        if first is None:
-            return None
-        last = next(
-            place for i in reversed(range(num_blocks)) if (place := _last(_is_voice(recording, i), i)) is not None
-        )
+        found = _ends(lambda number: _is_voice(recording, number), blocks)
     else:
-        loudness = torch.cat([_loudness(recording, i) for i in range(num_blocks)])
-        loud = (loudness > loudness.max() - DECIBELS) & loudness.isfinite()
-        first, last = _first(loud, 0), _last(loud, 0)
-        if first is None or last is None:
-            return None
-    seconds = WINDOW / SAMPLE_RATE
-    return Trimmed(recording, max(first * seconds - MARGIN, 0.0), min(last * seconds + MARGIN, recording.duration))
+        loudness = [_loudness(recording, number) for number in blocks]
+        loudest = max(float(block.max()) for block in loudness)
+        found = _ends(lambda number: (loudness[number] > loudest - DECIBELS) & loudness[number].isfinite(), blocks)
+    if found is None:
+        return None
+    start, stop = (place * WINDOW / SAMPLE_RATE for place in found)
+    return Trimmed(recording, max(start - MARGIN, 0.0), min(stop + MARGIN, recording.duration))
 
 
 def _block(recording: Recording, number: int) -> Tensor:
@@ -92,18 +87,20 @@ def _loudness(recording: Recording, number: int) -> Tensor:
     return 10 * _block(recording, number).double().square().mean(dim=1).log10()
 
 
-def _first(speech: Tensor, block: int) -> int | None:
-    """The first of MIN_WINDOWS in a row, or of all if there are fewer, counted from the recording's beginning."""
-    length = min(MIN_WINDOWS, len(speech))
-    runs = speech.unfold(0, length, 1).all(dim=1).nonzero()
-    return int(runs[0]) + block * (_BLOCK // WINDOW) if len(runs) else None
+def _ends(is_speech: Callable[[int], Tensor], blocks: range) -> tuple[int, int] | None:
+    """The first and last window, counted from the recording's beginning, of MIN_WINDOWS in a row that are speech."""
+    first = next((runs[0] for number in blocks if (runs := _runs(is_speech(number), number))), None)
+    if first is None:
+        return None
+    last = next(runs[-1] for number in reversed(blocks) if (runs := _runs(is_speech(number), number)))
+    return first[0], last[1]
 
 
-def _last(speech: Tensor, block: int) -> int | None:
-    """Likewise where the last such row ends."""
+def _runs(speech: Tensor, block: int) -> list[tuple[int, int]]:
+    """(first, end) of every row of MIN_WINDOWS windows of speech, or of all if the block has fewer."""
     length = min(MIN_WINDOWS, len(speech))
-    runs = speech.unfold(0, length, 1).all(dim=1).nonzero()
-    return int(runs[-1]) + length + block * (_BLOCK // WINDOW) if len(runs) else None
+    starts = speech.unfold(0, length, 1).all(dim=1).nonzero().flatten() + block * (_BLOCK // WINDOW)
+    return [(start, start + length) for start in starts.tolist()]
 
 
 @cache
@@ -112,6 +109,8 @@ def _silero() -> Any:
     num_threads = torch.get_num_threads()
     try:
         package = optional_package("silero_vad", "vad: silero needs the package silero-vad", "vad")
-        return package.load_silero_vad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of torch.jit.load, which is how the network comes
+            return package.load_silero_vad()
     finally:
         torch.set_num_threads(num_threads)

@@ -17,6 +17,7 @@ from ssl_platform.config import Config as Section
 from ssl_platform.config import PluginConfig
 from ssl_platform.modalities import Filtered, GroupSpec
 from ssl_platform.modalities._fbank import Fbank
+from ssl_platform.modalities._fbank_normalization import FbankConfig, FbankNormalization, NormalizationConfig
 from ssl_platform.modalities._noise_and_reverb import (
     Noise,
     NoiseConfig,
@@ -26,9 +27,6 @@ from ssl_platform.modalities._noise_and_reverb import (
 )
 from ssl_platform.modalities._options import Probability, from_list, over_defaults, raise_if_any
 from ssl_platform.modalities._sounds import (
-    FbankConfig,
-    FbankNormalization,
-    NormalizationConfig,
     Recording,
     Short,
     center_chunk,
@@ -224,14 +222,19 @@ class Speaker:
         return GridPatchEmbed(1, embed_dim, self.patch_size, self.groups[group].grid)
 
     def description(self) -> dict[str, Any]:
-        """The facts of `preprocess`: the view (1, frames, bins), how it is cut, its filter banks and normalisation."""
+        """The facts of `preprocess`. The mean of the channels is resampled by soxr (HQ) to `sample_rate`."""
         return {
+            "values": "fbank",
             "input_size": [1, self.num_frames, self.fbank.num_bins],
-            "crop_mode": "center",
-            "short": self.config.short,
+            "channels": "mean",
+            "sample_rate": self.sample_rate,
+            "num_frames": self.num_frames,
+            "num_samples": samples_of(self.num_frames, self.fbank),
             "vad": self.config.vad,
+            "chunk": "center",
+            "short": self.config.short,
             "fbank": self.exact_fbank.describe(),
-            **self.normalization.description(),
+            "normalization": self.normalization.description(),
         }
 
     def _speech(self, recording: Recording) -> Recording | Trimmed:
