@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from pydantic import BeforeValidator, Field, field_validator, model_validator
-from scipy.fft import next_fast_len
+from scipy.fft import irfft, next_fast_len, rfft
 from torch import Tensor
 
 from ssl_platform.config import Config as Section
@@ -173,9 +173,9 @@ def reverberated(samples: Tensor, response: Tensor) -> Tensor:
     taps = max(int((rest > NEGLIGIBLE * rest[0]).sum()), direct + 1)
     response = response[: min(taps, direct + len(samples))]
     length = next_fast_len(len(samples) + len(response) - 1, real=True)
-    spectrum = torch.fft.rfft(samples, n=length) * torch.fft.rfft(response, n=length)
-    whole: Tensor = torch.fft.irfft(spectrum, n=length)
-    return whole[direct : direct + len(samples)]
+    # scipy's transforms: of such lengths, and of single precision too, they take half the time of torch's.
+    spectrum = rfft(samples.numpy(), n=length) * rfft(response.numpy(), n=length)
+    return torch.from_numpy(irfft(spectrum, n=length)[direct : direct + len(samples)])
 
 
 def peak_normalized(samples: Tensor) -> Tensor:
