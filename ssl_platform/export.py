@@ -214,10 +214,8 @@ def snippet(encoder: "Encoder", out: Path) -> str:
     """Python that loads the export and embeds a batch of inputs; runs as it is."""
     facts = encoder.modality.description()
     shape = ", ".join(map(str, facts.get("input_size", _native_shape(encoder))))
-    transform = (
-        "transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # PIL image -> tensor\n"
-    )
-    transform = "" if facts.get("values", "pixels") != "pixels" else transform
+    make = "timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # PIL image -> tensor"
+    transform = f"transform = {make}\n" if facts.get("values", "pixels") == "pixels" else ""
     return f"""\
 import timm
 import torch
@@ -233,8 +231,8 @@ def _notes(encoder: "Encoder") -> list[str]:
     facts, notes = encoder.modality.description(), []
     if facts.get("values") == "fbank":
         notes.append(
-            "timm has no transform for sound: preprocessing in config.json says every step, and ssl_platform.encoder.Encoder "
-            "does them"
+            "timm has no transform for sound: preprocessing in config.json says every step, and "
+            "ssl_platform.encoder.Encoder does them"
         )
     if facts.get("normalize_per_sample"):
         notes.append("timm cannot normalise each image by its own mean and std: do it before the model")

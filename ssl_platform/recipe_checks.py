@@ -97,7 +97,7 @@ def check_names(recipe: "Recipe") -> list[str]:
     needed = getattr(recipe.modality, "needs_companions", "")
     if needed and recipe.data.companions is None:
         lines.append(
-            f"data.companions: missing; modality.{needed} needs another sample beside each: data.companions: {{name: random}}"
+            f"data.companions: missing; modality.{needed} needs other samples, such as data.companions: {{name: random}}"
         )
     if not any(network.update == "grad" for network in recipe.networks.values()):
         lines.append("networks: none has update: grad, so nothing would be trained")
