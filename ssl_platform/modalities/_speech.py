@@ -25,7 +25,8 @@ PROBABILITY = 0.5
 """From which silero's network takes a window for speech."""
 DECIBELS = 35.0
 """Below a recording's loudest window, what is fainter is not speech to `energy`."""
-_BLOCK = 16 * SAMPLE_RATE // WINDOW * WINDOW
+_BLOCKS = {"silero": 2 * SAMPLE_RATE // WINDOW, "energy": 60 * SAMPLE_RATE // WINDOW}
+"""Windows that are looked at at a time: few for silero, which stops where it has met speech."""
 
 
 @dataclass
@@ -52,55 +53,59 @@ def check_detector(detector: Detector) -> None:
 def trimmed(recording: Recording, detector: Detector) -> Trimmed | None:
     """From MARGIN before the first speech to MARGIN behind the last; None if there is none.
 
-    `silero` reads blocks of 16 s from both ends until each has met speech, `energy` the whole recording. What lies between
+    `silero` reads blocks of 2 s from both ends until each has met speech, `energy` the whole recording. What lies between
     stays, pauses included.
     """
-    blocks = range(-(-recording.num_samples(SAMPLE_RATE) // _BLOCK))
+    length = _BLOCKS[detector]
+    blocks = range(-(-recording.num_samples(SAMPLE_RATE) // (length * WINDOW)))
     if detector == "silero":
-        found = _ends(lambda number: _is_voice(recording, number), blocks)
+        found = _ends(lambda number: _is_voice(_block(recording, number, length)), blocks, length)
     else:
-        loudness = [_loudness(recording, number) for number in blocks]
+        loudness = [_loudness(_block(recording, number, length)) for number in blocks]
         loudest = max(float(block.max()) for block in loudness)
-        found = _ends(lambda number: (loudness[number] > loudest - DECIBELS) & loudness[number].isfinite(), blocks)
+        loud = [(block > loudest - DECIBELS) & block.isfinite() for block in loudness]
+        found = _ends(lambda number: loud[number], blocks, length)
     if found is None:
         return None
     start, stop = (place * WINDOW / SAMPLE_RATE for place in found)
     return Trimmed(recording, max(start - MARGIN, 0.0), min(stop + MARGIN, recording.duration))
 
 
-def _block(recording: Recording, number: int) -> Tensor:
-    """(windows, WINDOW) of one block; the last one ends with zeros."""
-    first = number * _BLOCK
-    count = min(recording.num_samples(SAMPLE_RATE) - first, _BLOCK)
-    return recording.read(first / SAMPLE_RATE, -(-count // WINDOW) * WINDOW, SAMPLE_RATE).reshape(-1, WINDOW)
+def _block(recording: Recording, number: int, length: int) -> Tensor:
+    """(windows, WINDOW): up to `length` windows; the last one of the recording ends with zeros."""
+    first = number * length * WINDOW
+    count = -(-min(recording.num_samples(SAMPLE_RATE) - first, length * WINDOW) // WINDOW)
+    return recording.read(first / SAMPLE_RATE, count * WINDOW, SAMPLE_RATE).reshape(count, WINDOW)
 
 
-def _is_voice(recording: Recording, number: int) -> Tensor:
+def _is_voice(block: Tensor) -> Tensor:
     """(windows,) bool"""
     with torch.inference_mode():
-        probabilities = _silero().audio_forward(_block(recording, number).reshape(1, -1), SAMPLE_RATE)[0]
-    return probabilities > PROBABILITY  # type: ignore[no-any-return]
+        probabilities: Tensor = _silero().audio_forward(block.reshape(1, -1), SAMPLE_RATE)[0]
+    return probabilities > PROBABILITY
 
 
-def _loudness(recording: Recording, number: int) -> Tensor:
+def _loudness(block: Tensor) -> Tensor:
     """(windows,) in dB; minus infinity for zeros"""
-    return 10 * _block(recording, number).double().square().mean(dim=1).log10()
+    return 10 * block.double().square().mean(dim=1).log10()
 
 
-def _ends(is_speech: Callable[[int], Tensor], blocks: range) -> tuple[int, int] | None:
-    """The first and last window, counted from the recording's beginning, of MIN_WINDOWS in a row that are speech."""
-    first = next((runs[0] for number in blocks if (runs := _runs(is_speech(number), number))), None)
+def _ends(is_speech: Callable[[int], Tensor], blocks: range, length: int) -> tuple[int, int] | None:
+    """The first window and the end of the last, from the recording's beginning, of MIN_WINDOWS in a row that are speech."""
+
+    def runs(number: int) -> list[int]:
+        speech = is_speech(number)
+        return (_runs(speech) + number * length).tolist()
+
+    first = next((found[0] for number in blocks if (found := runs(number))), None)
     if first is None:
         return None
-    last = next(runs[-1] for number in reversed(blocks) if (runs := _runs(is_speech(number), number)))
-    return first[0], last[1]
+    return first, next(found[-1] for number in reversed(blocks) if (found := runs(number))) + MIN_WINDOWS
 
 
-def _runs(speech: Tensor, block: int) -> list[tuple[int, int]]:
-    """(first, end) of every row of MIN_WINDOWS windows of speech, or of all if the block has fewer."""
-    length = min(MIN_WINDOWS, len(speech))
-    starts = speech.unfold(0, length, 1).all(dim=1).nonzero().flatten() + block * (_BLOCK // WINDOW)
-    return [(start, start + length) for start in starts.tolist()]
+def _runs(speech: Tensor) -> Tensor:
+    """Where MIN_WINDOWS windows of speech in a row begin; a block with fewer windows is one row."""
+    return speech.unfold(0, min(MIN_WINDOWS, len(speech)), 1).all(dim=1).nonzero().flatten()
 
 
 @cache
