@@ -202,7 +202,7 @@ def bad_noises(folder: Path) -> dict[str, str]:
 def test_bad_noises_are_named_once_and_others_drawn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "noise").mkdir()
     said = bad_noises(tmp_path / "noise")
-    for i in range(8):
+    for i in range(2):
         write(tmp_path / f"noise/good{i}.wav", white(2, seed=i))
     noise = opened(tmp_path, {"speech": None, "music": None})
     samples = speech_like(RATE)
@@ -239,9 +239,10 @@ def test_a_response_of_many_channels_is_its_first_one(tmp_path: Path) -> None:
 
 
 def test_only_bad_files_are_an_error_of_the_sample(tmp_path: Path) -> None:
-    write(tmp_path / "a.wav", np.zeros(RATE))
+    for name in "abc":
+        write(tmp_path / f"{name}.wav", np.zeros(RATE))
     folder = SoundFolder(tmp_path, "noise.kinds.noise")
-    with pytest.raises(ValueError, match="noise.kinds.noise: 20 files in a row cannot be used, .*a.wav: silent"):
+    with pytest.raises(ValueError, match="noise.kinds.noise: 3 files were drawn and none can be used, .*wav: silent"):
         folder.draw(np.random.default_rng(0), lambda path: random_segment(path, 100, RATE, np.random.default_rng(0)))
 
 

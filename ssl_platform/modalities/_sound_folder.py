@@ -19,7 +19,7 @@ Drawn = TypeVar("Drawn")
 EXTENSIONS = ("wav", "flac", "ogg", "oga", "aif", "aiff", "au")
 """What can be read from the middle on."""
 MAX_UNUSABLE = 20
-"""So many unusable files in a row are not chance."""
+"""So many different unusable files are not chance."""
 NUM_PROBED = 10
 """Files that are opened, if need be, until one can be read, before a run begins."""
 MIN_SECONDS = 0.025
@@ -47,18 +47,23 @@ class SoundFolder:
     def draw(self, rng: np.random.Generator, read: Callable[[Path], Drawn]) -> Drawn:
         """What `read` makes of a random file; one that it refuses is named once, and another is drawn.
 
-        So the result is a function of `rng` and the files. Raises ValueError after MAX_UNUSABLE in a row.
+        So the result is a function of `rng` and the files. Raises ValueError if MAX_UNUSABLE, or all, are refused.
         """
-        for _ in range(MAX_UNUSABLE):
-            name = self.files[int(rng.integers(len(self.files)))]
+        tried: set[int] = set()
+        while len(tried) < min(MAX_UNUSABLE, len(self.files)):
+            place = int(rng.integers(len(self.files)))
+            while place in tried:
+                place = (place + 1) % len(self.files)
+            name = self.files[place]
             try:
                 return read(self.folder / name)
             except (OSError, ValueError, RuntimeError) as error:  # soundfile's error is a RuntimeError
+                tried.add(place)
                 last = f"{self.folder / name}: {_words(error)}"
                 if name not in self._reported:
                     self._reported.add(name)
                     logger.warning("%s: %s; another file is drawn in its place", self.key, last)
-        raise ValueError(f"{self.key}: {MAX_UNUSABLE} files in a row cannot be used, the last one {last}")
+        raise ValueError(f"{self.key}: {len(tried)} files were drawn and none can be used, the last one {last}")
 
     def _probe(self) -> None:
         places = np.linspace(0, len(self.files) - 1, min(NUM_PROBED, len(self.files))).astype(int)
