@@ -53,6 +53,8 @@ class TrainState:
     bad_samples: list[str] = field(default_factory=list)
     """Those replaced so far, once each."""
     versions: dict[str, str] = field(default_factory=dict)
+    averaged: list[int] = field(default_factory=list)
+    """The steps whose weights it is the mean of, if `ssl-average` made it: nothing can be resumed from it."""
 
 
 def save(

@@ -123,7 +123,10 @@ def _timm_model(network: "nn.Module") -> "TimmModel":
     if isinstance(network, TimmBackbone):
         state = {key: value.contiguous() for key, value in network.model.state_dict().items()}
         return TimmModel(network.model.pretrained_cfg["architecture"], network.model_args, state)
-    raise ValueError(f"the network is a {type(network).__name__}, which timm does not have")
+    raise ValueError(
+        f"the network is a {type(network).__name__}, which timm does not have; ssl-eval and "
+        "ssl_platform.encoder.Encoder.load take the checkpoint as it is"
+    )
 
 
 def _description(encoder: "Encoder", model: "TimmModel") -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field, ValidationInfo, model_validator
 from torch import nn
 
+from ssl_platform.batch_norm import has_batch_norm
 from ssl_platform.config import Config, ConfigError, PluginConfig, load_config, plugin
 from ssl_platform.data.index import Index
 from ssl_platform.data.mixture import build_order, check_room, open_shards
@@ -17,7 +18,7 @@ from ssl_platform.data.shards import DataConfig
 from ssl_platform.modalities import Modality
 from ssl_platform.objectives import BuildContext
 from ssl_platform.optim import OptimConfig, ScheduleConfig, build_schedule, within
-from ssl_platform.recipe_checks import check_names, check_sizes
+from ssl_platform.recipe_checks import check_follower, check_names, check_sizes, check_statistics
 from ssl_platform.sharding import ParallelConfig
 from ssl_platform.student_teacher import Role, StudentTeacher
 
@@ -122,7 +123,7 @@ class Recipe(Config):
     batch_size: int = Field(ge=1)
     """Samples per optimiser step, over all ranks and micro-batches."""
     accumulate: int = Field(1, ge=1)
-    """Micro-batches per optimiser step. Centers see the whole batch; Sinkhorn and KoLeo see micro-batches."""
+    """Micro-batches per optimiser step. Centers see the whole batch; Sinkhorn, KoLeo and batch norm see micro-batches."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """bf16 = autocast, with fsdp networks and heads in bf16: weights, optimiser, averages, losses stay in float32."""
     parallel: ParallelConfig = ParallelConfig()
@@ -241,27 +242,6 @@ def build_networks(
     return {name: networks[name] for name in configs}
 
 
-def check_follower(name: str, config: NetworkConfig, follower: nn.Module, followed: nn.Module) -> None:
-    """Raises ConfigError if a network cannot follow another one, or would quietly keep statistics of noise."""
-    mine, theirs = ({key: value.shape for key, value in one.state_dict().items()} for one in (follower, followed))
-    if mine != theirs:
-        different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
-        raise ConfigError(
-            [
-                f"networks.{name}.backbone: update: {config.update} needs the architecture of '{config.of}', but "
-                f"{', '.join(different[:3])}{' ...' if len(different) > 3 else ''} differ; leave the backbone out"
-            ]
-        )
-    normalises = any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in follower.modules())
-    if normalises and config.mode == "eval" and config.buffers == "own":
-        raise ConfigError(
-            [
-                f"networks.{name}: '{config.of}' has batch norm, whose running statistics this network would never learn; "
-                "set mode: train (it uses each batch's own, as DINO does), or buffers: copy (it takes over the student's)"
-            ]
-        )
-
-
 def build_student_teacher(
     recipe: Recipe, modality: Modality, num_samples: int, device: torch.device, fill: Fill | None = None
 ) -> StudentTeacher:
@@ -290,6 +270,8 @@ def _copies(recipe: Recipe, head: PluginConfig, trained: nn.Module) -> dict[str,
     """{network: head}: the trained head of a network and its copies for those that follow it."""
     network: str = head.network  # type: ignore[attr-defined]
     followers = [name for name, other in recipe.networks.items() if other.of == network and other.update == "ema"]
+    for name in followers if has_batch_norm(trained) else ():
+        check_statistics(name, recipe.networks[name], "its head has batch norm, whose running statistics it")
     return {network: trained} | {name: copy.deepcopy(trained) for name in followers}
 
 

@@ -2,11 +2,14 @@
 
 from typing import TYPE_CHECKING, Any
 
-from ssl_platform.config import Config
+from torch import nn
+
+from ssl_platform.batch_norm import has_batch_norm
+from ssl_platform.config import Config, ConfigError
 from ssl_platform.optim import Cosine
 
 if TYPE_CHECKING:
-    from ssl_platform.recipe import Recipe
+    from ssl_platform.recipe import NetworkConfig, Recipe
 
 
 def check_sizes(recipe: "Recipe", world_size: int) -> list[str]:
@@ -172,3 +175,32 @@ def _check_uses(recipe: "Recipe", name: str, objective: Any) -> list[str]:
                 f"update: ema, of: {owner} have"
             )
     return lines
+
+
+# -- of what was built -----------------------------------------------------------------------------------------------
+
+
+def check_follower(name: str, config: "NetworkConfig", follower: nn.Module, followed: nn.Module) -> None:
+    """Raises ConfigError if a network cannot follow another one, or would quietly keep statistics of noise."""
+    mine, theirs = ({key: value.shape for key, value in one.state_dict().items()} for one in (follower, followed))
+    if mine != theirs:
+        different = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+        raise ConfigError(
+            [
+                f"networks.{name}.backbone: update: {config.update} needs the architecture of '{config.of}', but "
+                f"{', '.join(different[:3])}{' ...' if len(different) > 3 else ''} differ; leave the backbone out"
+            ]
+        )
+    if has_batch_norm(follower):
+        check_statistics(name, config, f"'{config.of}' has batch norm, whose running statistics this network")
+
+
+def check_statistics(name: str, config: "NetworkConfig", what: str) -> None:
+    """Raises ConfigError if a network that follows another one has batch norm, `what`, and no statistics for it."""
+    if config.mode == "eval" and config.buffers == "own":
+        raise ConfigError(
+            [
+                f"networks.{name}: {what} would never learn; set mode: train (it uses each batch's own, as DINO does), or "
+                "buffers: copy (it takes over the student's)"
+            ]
+        )

@@ -111,6 +111,11 @@ def find(recipe: Recipe, index: Index) -> Found | None:
     if path is None:
         return None
     state = checkpoint.read_state(path)
+    if state.averaged:
+        raise checkpoint.CheckpointError(
+            f"{path}: is a mean made by ssl-average, without an optimiser's state: take it out of this folder; a new run "
+            "can start from it by networks.*.init"
+        )
     for name, key, before, now in (
         ("seed", "seed", state.seed, recipe.seed),
         ("batch_size", "batch_size", state.batch_size, recipe.batch_size),

@@ -1,6 +1,6 @@
 """A few training steps of the tiny student and teacher on any number of ranks, and all that can be compared of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -55,7 +55,9 @@ def batch(step: int) -> Batch:
     return made
 
 
-def course(changes: dict[str, Any], active: Sequence[Sequence[str]] = ACTIVE) -> dict[str, Any]:
+def course(
+    changes: dict[str, Any], active: Sequence[Sequence[str]] = ACTIVE, make: Callable[[int], Batch] = batch
+) -> dict[str, Any]:
     """What each step reports, the gradients of step 0 as they were before clipping's factor, and all state at the end."""
     parts = engine.parts(**settings(**changes))
     model, size = parts.student_teacher, distributed.world_size()
@@ -70,7 +72,7 @@ def course(changes: dict[str, Any], active: Sequence[Sequence[str]] = ACTIVE) ->
     parts.optimizer.step = keep  # type: ignore[method-assign, assignment]
     losses, norms = [], []
     for step, names in enumerate(active):
-        mine = engine.split(batch(step), size)[distributed.rank()]
+        mine = engine.split(make(step), size)[distributed.rank()]
         result = train_step(parts, iter(engine.split(mine, parts.accumulate)), step, names)
         assert not result.skipped
         terms = torch.stack([result.loss, *result.terms.values()])
@@ -80,8 +82,12 @@ def course(changes: dict[str, Any], active: Sequence[Sequence[str]] = ACTIVE) ->
     return {"losses": losses, "norms": norms, "gradients": gradients, "state": state}
 
 
-def assert_equal(found: dict[str, Any], expected: dict[str, Any], state: float = 1e-5) -> None:
-    """Losses to 1e-5, gradients and norms to 1e-4: the tolerances of float32 that the documentation promises."""
+def assert_equal(found: dict[str, Any], expected: dict[str, Any], state: float = 1e-5, of_largest: float = 0.0) -> None:
+    """Losses to 1e-5, gradients and norms to 1e-4: the tolerances of float32 that the documentation promises.
+
+    With `of_largest` also elements of a gradient that differ by that share of its largest one: batch norm takes most of a
+    sum away again, and leaves its rounding.
+    """
     assert found["state"].keys() == expected["state"].keys()
     for kind, tolerance in (("losses", 1e-5), ("norms", 1e-4)):
         for step, (ours, theirs) in enumerate(zip(found[kind], expected[kind], strict=True)):
@@ -91,6 +97,7 @@ def assert_equal(found: dict[str, Any], expected: dict[str, Any], state: float =
                 assert difference <= tolerance * max(abs(value), 1), (kind, step, name, ours[name], value)
     assert found["gradients"].keys() == expected["gradients"].keys()
     for name, gradient in expected["gradients"].items():
-        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+        least = max(1e-6, of_largest * gradient.abs().max().item())
+        torch.testing.assert_close(found["gradients"][name], gradient, rtol=1e-4, atol=least, msg=name)
     for name, value in expected["state"].items():
         torch.testing.assert_close(found["state"][name], value, rtol=state, atol=state, msg=name)

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     {"config", "distributed", "sharding", "blocks", "location", "optional", "plain_yaml"},
-    {"log", "optim", "views", "patch_embed", "progress", "peers", "stragglers", "costs", "tensor_files"},
+    {"log", "optim", "views", "patch_embed", "batch_norm", "progress", "peers", "stragglers", "costs", "tensor_files"},
     {"masks", "backbones", "heads", "checkpoint", "run_lock", "saving"},
     {"modalities"},
     {"objectives", "data"},
@@ -18,7 +18,7 @@ ORDER = [
     {"stages", "step", "flops", "health", "health_facts"},
     {"monitors", "dry_run", "live_bytes"},
     {"run_folder", "estimate", "encoder", "show_views", "weights", "initialise", "init_report", "mishaps"},
-    {"train", "export"},
+    {"train", "export", "averaging"},
 ]
 LEVEL = {name: level for level, names in enumerate(ORDER) for name in names}
 # backbones name the Modality that builds their patch embedding, for its type alone; a modality builds that embedding.

@@ -1,5 +1,6 @@
 """DINO's projection head: an MLP, L2 normalisation, and a bias-free layer onto K prototypes."""
 
+from collections import OrderedDict
 from itertools import pairwise
 from typing import Literal
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from ssl_platform.batch_norm import BatchNorm
 from ssl_platform.heads import HeadConfig
 
 
@@ -20,10 +22,18 @@ class Config(HeadConfig):
     """Linear layers before the prototypes; 1 = a single one without hidden layer."""
     last_layer: Literal["weight_norm", "weight_norm_frozen", "linear"] = "weight_norm"
     """weight_norm: trained direction and length (DINOv2); ..._frozen: length 1 (DINO's norm_last_layer); linear: DINOv3."""
+    batch_norm: bool = False
+    """Batch norm behind each hidden layer, before its GELU (DINO's use_bn), over all rows of a call and all ranks."""
 
     def build(self, embed_dim: int) -> "ProjectionHead":
         return ProjectionHead(
-            embed_dim, self.num_prototypes, self.hidden_dim, self.bottleneck_dim, self.num_layers, self.last_layer
+            embed_dim,
+            self.num_prototypes,
+            self.hidden_dim,
+            self.bottleneck_dim,
+            self.num_layers,
+            self.last_layer,
+            self.batch_norm,
         )
 
 
@@ -52,16 +62,21 @@ class ProjectionHead(nn.Module):
         bottleneck_dim: int,
         num_layers: int,
         last_layer: str,
+        batch_norm: bool = False,
     ) -> None:
         super().__init__()
         widths = [embed_dim, *[hidden_dim] * (num_layers - 1), bottleneck_dim]
-        steps: list[nn.Module] = []
+        steps: dict[str, nn.Module] = {}
         for index, (fan_in, fan_out) in enumerate(pairwise(widths)):
             linear = nn.Linear(fan_in, fan_out)
             nn.init.trunc_normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-            steps += [linear] if index == num_layers - 1 else [linear, nn.GELU()]
-        self.mlp = nn.Sequential(*steps) if num_layers > 1 else steps[0]
+            steps[str(2 * index)] = linear
+            if index < num_layers - 1:
+                if batch_norm:  # named, so that other layers keep DINO's numbers and weight decay leaves it out
+                    steps[f"norm_{2 * index}"] = BatchNorm(fan_out)
+                steps[str(2 * index + 1)] = nn.GELU()
+        self.mlp = nn.Sequential(OrderedDict(steps)) if num_layers > 1 else steps["0"]
         self.num_prototypes = num_prototypes
         if last_layer == "linear":
             self.last_layer: nn.Module = nn.Linear(bottleneck_dim, num_prototypes, bias=False)
@@ -70,7 +85,8 @@ class ProjectionHead(nn.Module):
             self.last_layer = Prototypes(bottleneck_dim, num_prototypes, train_length=last_layer == "weight_norm")
 
     def forward(self, embeddings: Tensor) -> Tensor:
-        bottleneck = self.mlp(embeddings)
+        bottleneck = self.mlp(embeddings.reshape(-1, embeddings.shape[-1]))  # batch norm takes rows
+        bottleneck = bottleneck.view(*embeddings.shape[:-1], bottleneck.shape[-1])
         # In half precision a smaller eps would round to zero.
         eps = 1e-6 if bottleneck.dtype == torch.float16 else 1e-12
         return self.last_layer(F.normalize(bottleneck, dim=-1, eps=eps))  # type: ignore[no-any-return]
