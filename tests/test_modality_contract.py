@@ -103,6 +103,13 @@ def test_patch_embedding_has_the_grid_of_the_group(name: str, modality: Any) -> 
         assert tokens.content.shape == (2, math.prod(spec.grid), 12)
 
 
+def test_masks_fit_the_grid_of_every_group(name: str, modality: Any) -> None:
+    for group, spec in modality.groups.items():
+        masks = plugin_class("ssl_platform.masks", "random")(name="random", group=group).build()  # type: ignore[attr-defined]
+        drawn = masks.draw(spec.num_views, spec.grid, seed=0, step=0, batch_size=2, first=0, count=2)  # (V, M, B, N)
+        assert drawn.shape[0] == spec.num_views and drawn.shape[-1] == math.prod(spec.grid)
+
+
 def test_bad_records_are_value_errors(name: str, modality: Any) -> None:
     record = RECORDS[name]()
     extension = next(iter(record))

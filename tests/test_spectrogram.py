@@ -1,6 +1,7 @@
 """The modality `spectrogram`: its augmentations against written-out references, what exports carry, bad input."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -328,3 +329,23 @@ def test_weights_of_images_start_a_run_on_sound(tmp_path: Path, capsys: pytest.C
     key = "patch_embed.proj.weight"
     assert torch.allclose(sound[key], image[key].sum(1, keepdim=True), atol=1e-6)
     assert torch.equal(sound["patch_embed.proj.bias"], image["patch_embed.proj.bias"])
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+def test_python_of_the_page_runs(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs/modalities/spectrogram.md").read_text()
+    embed, measure = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (tmp_path / "bell.wav").write_bytes(encoded(tone(0.5, 44_100), 44_100))
+    names: dict[str, Any] = {}
+    exec(embed.replace("bell.wav", f"{tmp_path}/bell.wav").replace('Path("model")', f'Path("{run}")'), names)
+    assert names["features"].cls.shape == (1, 32)
+    exec(measure.replace("shards/train", str(ROOT / "tests/data/sonic_pi")), {})
+    mean, std = json.loads(capsys.readouterr().out.splitlines()[-1].replace("(", "[").replace(")", "]"))
+    assert -12 < mean < -8 and 4 < std < 7
+
+
+def test_the_page_names_every_key() -> None:
+    table = (ROOT / "docs/modalities/spectrogram.md").read_text()
+    assert [key for key in Config.model_fields if f"`{key}" not in table and key != "name"] == []

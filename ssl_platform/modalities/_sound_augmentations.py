@@ -96,9 +96,11 @@ def random_blocks(
     """
     frames, bins = size[0] // unit[0], size[1] // unit[1]
     largest = (max(int(frames * max_block), 1), max(int(bins * max_block), 1))
-    covered, wanted = np.zeros((frames, bins), np.bool_), math.ceil(share * frames * bins)
-    while covered.sum() < wanted:
+    covered, missing = np.zeros((frames, bins), np.bool_), math.ceil(share * frames * bins)
+    while missing > 0:
         height, width = rng.integers(1, largest[0] + 1), rng.integers(1, largest[1] + 1)
         top, left = rng.integers(frames), rng.integers(bins)
-        covered[top : top + height, left : left + width] = True
+        block = covered[top : top + height, left : left + width]
+        missing -= block.size - int(block.sum())
+        block[:] = True
     return covered.repeat(unit[0], axis=0).repeat(unit[1], axis=1)

@@ -102,7 +102,7 @@ class Config(PluginConfig):
     """That a crop may reach beyond the end of the recording, where it goes on at the beginning."""
     gain: dict[str, PerView] = {"global": (0.0,), "local": (0.0,)}
     """That a view is made louder or softer by U(gain_db)."""
-    gain_db: tuple[float, float] = (-6.0, 6.0)
+    gain_db: Interval = (-6.0, 6.0)
     mixup: dict[str, PerView] = {"global": (0.0,), "local": (0.0,)}
     """That another sample (`data.companions`) is mixed in, with U(0, mixup_share) of the energy."""
     mixup_share: Share = 0.4
@@ -135,7 +135,8 @@ class Config(PluginConfig):
     @property
     def needs_companions(self) -> str:
         """The key for which samples need others beside them."""
-        if any(max(probabilities) > 0 for probabilities in self.mixup.values()):
+        made = [name for name, crops in self.crops.items() if crops.num]
+        if any(max(self.mixup.get(name, (0.0,))) > 0 for name in made):
             return "mixup"
         return next((f"corrupted.{name}.replace" for name, one in self.corrupted.items() if one.replace > 0), "")
 
