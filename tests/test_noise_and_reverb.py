@@ -181,6 +181,7 @@ def bad_noises(folder: Path) -> dict[str, str]:
     """{file: what is said of it}"""
     write(folder / "one.wav", [0.5])
     write(folder / "silent.wav", np.zeros(RATE))
+    write(folder / "opposite.wav", np.stack([white(), -white()], axis=1), rate=48_000, subtype="FLOAT")
     write(folder / "nan.wav", np.full(RATE, np.nan), subtype="FLOAT")
     soundfile.write(folder / "none.wav", np.zeros(0), RATE)
     whole = write(folder / "whole.flac", white(2)).read_bytes()
@@ -191,6 +192,7 @@ def bad_noises(folder: Path) -> dict[str, str]:
     return {
         "one.wav": "1 samples at 16000 Hz are shorter than 25 ms",
         "silent.wav": "silent",
+        "opposite.wav": "silent",
         "nan.wav": "holds NaN or infinite samples",
         "none.wav": "holds no samples",
         "cut.flac": "",

@@ -113,9 +113,9 @@ def random_segment(path: Path, num_samples: int, sample_rate: int, rng: np.rando
 
     sound = read_part(path, part)
     mono = sound.samples.mean(axis=0, dtype=np.float32)
-    if np.abs(mono).max() < INAUDIBLE:
-        raise ValueError("silent")
     mono = resample(Sound(mono[None], sound.sample_rate), sample_rate).samples[0]
+    if not len(mono) or np.abs(mono).max() < INAUDIBLE:
+        raise ValueError("silent")
     return torch.from_numpy(np.resize(mono, num_samples))
 
 
