@@ -3,6 +3,8 @@
 JPEG tiles are read, decoded, augmented (2x224 + 8x96 crops) and collated by the pipeline that training uses, and by a
 plain one of torchvision's transforms on PIL images with DINOv2's augmentations. Both take turns batch by batch, so that
 the ratio holds on a busy machine; times are processor time of one thread. `shares` say where the time goes.
+
+`python benchmarks/loader.py speaker|spectrogram`: sound, see benchmarks/sound_loader.py.
 """
 
 import argparse
@@ -152,13 +154,20 @@ def measure(modality_name: str, size: int, rounds: int, folder: Path) -> list[di
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("modality", choices=["image", "pathology"], help="pathology adds stain jitter and rotations")
+    kinds = ["image", "pathology", "speaker", "spectrogram"]
+    parser.add_argument("modality", choices=kinds, help="pathology adds stain jitter and rotations")
     parser.add_argument("--size", type=int, default=256, help="width and height of the tiles in pixels")
     parser.add_argument("--rounds", type=int, default=10, help="batches of each pipeline")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        for line in measure(arguments.modality, arguments.size, arguments.rounds, Path(folder)):
+        if arguments.modality in ("speaker", "spectrogram"):
+            import sound_loader  # beside this file; it needs the extra audio
+
+            lines = sound_loader.measure(arguments.modality, arguments.rounds, Path(folder), Clock())
+        else:
+            lines = measure(arguments.modality, arguments.size, arguments.rounds, Path(folder))
+        for line in lines:
             sys.stdout.write(json.dumps(line) + "\n")
     return 0
 

@@ -36,8 +36,8 @@ class EncoderConfig(Config):
     seed: int
     step: int
     """Finished optimiser steps."""
-    statistics: dict[str, list[float] | dict[str, list[float]]] | None = None
-    """The channels' mean, std and percentiles in the training shards."""
+    statistics: dict[str, Any] | None = None
+    """The channels' mean, std and percentiles in the training shards, and what they are of if not of pixels."""
 
 
 class Encoder(nn.Module):
@@ -109,7 +109,7 @@ def _read_checkpoint(path: Path, network: str) -> tuple[EncoderConfig, dict[str,
     if network not in recipe.networks:
         raise ValueError(f"{path}: has no network '{network}', but {', '.join(recipe.networks)}")
     config = EncoderConfig(
-        modality=recipe.modality,
+        modality=recipe.modality.for_export() if hasattr(recipe.modality, "for_export") else recipe.modality,
         networks={name: one.model_copy(update={"init": None}) for name, one in recipe.networks.items()},  # holds a path
         network=network,
         seed=recipe.seed,

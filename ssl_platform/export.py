@@ -215,14 +215,16 @@ def _report(encoder: "Encoder", out: Path, difference: float) -> str:
 
 def snippet(encoder: "Encoder", out: Path) -> str:
     """Python that loads the export and embeds a batch of inputs; runs as it is."""
-    shape = ", ".join(map(str, encoder.modality.description().get("input_size", _native_shape(encoder))))
+    facts = encoder.modality.description()
+    shape = ", ".join(map(str, facts.get("input_size", _native_shape(encoder))))
+    make = "timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # PIL image -> tensor"
+    transform = f"transform = {make}\n" if facts.get("values", "pixels") == "pixels" else ""
     return f"""\
 import timm
 import torch
 
 model = timm.create_model({f"local-dir:{out.resolve().as_posix()}"!r}, pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))  # PIL image -> tensor
-with torch.inference_mode():
+{transform}with torch.inference_mode():
     embeddings = model(torch.randn(2, {shape}))  # (2, {encoder.embed_dim})
 """
 
@@ -230,6 +232,11 @@ with torch.inference_mode():
 def _notes(encoder: "Encoder") -> list[str]:
     """What timm does differently, beyond the weights."""
     facts, notes = encoder.modality.description(), []
+    if facts.get("values") == "fbank":
+        notes.append(
+            "timm has no transform for sound: preprocessing in config.json says every step, and "
+            "ssl_platform.encoder.Encoder does them"
+        )
     if facts.get("normalize_per_sample"):
         notes.append("timm cannot normalise each image by its own mean and std: do it before the model")
     if facts.get("intensity_range"):

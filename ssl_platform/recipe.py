@@ -197,6 +197,11 @@ def build_modality(recipe: Recipe, statistics: dict[str, Any] | None) -> Modalit
         modality: Modality = recipe.modality.build(statistics)
     except ValueError as error:
         raise ConfigError([f"modality: {error}"]) from error
+    if hasattr(modality, "prepare"):
+        try:
+            modality.prepare()
+        except ValueError as error:
+            raise ConfigError([f"modality.{error}"]) from error
     return modality
 
 

@@ -130,6 +130,11 @@ def check_names(recipe: "Recipe") -> list[str]:
             )
         if network.init is not None and network.init.freeze_steps and network.update == "frozen":
             lines.append(f"{where}.init.freeze_steps: update: frozen is never trained; leave it out")
+    needed = getattr(recipe.modality, "needs_companions", "")
+    if needed and recipe.data.companions is None:
+        lines.append(
+            f"data.companions: missing; modality.{needed} needs other samples, such as data.companions: {{name: random}}"
+        )
     if not any(network.update == "grad" for network in recipe.networks.values()):
         lines.append("networks: none has update: grad, so nothing would be trained")
     for name, head in recipe.heads.items():

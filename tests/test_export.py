@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ssl_platform import export
+from ssl_platform import checkpoint, export
 from ssl_platform.backbones import Input
 from ssl_platform.checkpoint import TrainState
 from ssl_platform.config import to_yaml, validate

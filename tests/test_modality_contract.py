@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 from PIL import Image
 
@@ -24,7 +25,18 @@ def image_record() -> dict[str, bytes]:
     return {"png": file.getvalue(), "json": b"{}"}
 
 
-RECORDS = {"image": image_record, "pathology": image_record}
+def sound_record() -> dict[str, bytes]:
+    """1.2 s of a sliding tone in noise, stereo."""
+    rate = 22_050
+    times = np.arange(int(1.2 * rate)) / rate
+    tone = 0.4 * np.sin(2 * np.pi * (300 * times + 900 * times**2))
+    samples = tone[:, None] + 0.02 * np.random.default_rng(0).normal(size=(len(times), 2))
+    file = io.BytesIO()
+    soundfile.write(file, samples, rate, format="wav")
+    return {"wav": file.getvalue(), "json": b"{}"}
+
+
+RECORDS = {"image": image_record, "pathology": image_record, "speaker": sound_record, "spectrogram": sound_record}
 """A record that the default configuration of each modality takes."""
 
 
@@ -89,6 +101,13 @@ def test_patch_embedding_has_the_grid_of_the_group(name: str, modality: Any) -> 
         tokens = embed(torch.zeros(2, *spec.shape))
         assert isinstance(tokens, Tokens) and tokens.grid == spec.grid == embed.native_grid
         assert tokens.content.shape == (2, math.prod(spec.grid), 12)
+
+
+def test_masks_fit_the_grid_of_every_group(name: str, modality: Any) -> None:
+    for group, spec in modality.groups.items():
+        masks = plugin_class("ssl_platform.masks", "random")(name="random", group=group).build()  # type: ignore[attr-defined]
+        drawn = masks.draw(spec.num_views, spec.grid, seed=0, step=0, batch_size=2, first=0, count=2)  # (V, M, B, N)
+        assert drawn.shape[0] == spec.num_views and drawn.shape[-1] == math.prod(spec.grid)
 
 
 def test_bad_records_are_value_errors(name: str, modality: Any) -> None:

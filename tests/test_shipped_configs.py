@@ -8,7 +8,7 @@ from ssl_platform.recipe import load_recipe
 from ssl_platform.train import main
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-RECIPES = [*CONFIGS.glob("image_*.yaml"), *CONFIGS.glob("pathology_*.yaml")]
+RECIPES = [path for kind in ("image", "pathology", "speaker", "spectrogram") for path in CONFIGS.glob(f"{kind}_*.yaml")]
 ALL = sorted(path for path in CONFIGS.rglob("*.yaml") if path not in RECIPES)
 
 

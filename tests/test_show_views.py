@@ -31,7 +31,7 @@ def test_a_sheet_of_every_smoke_configuration_and_nothing_else(config: Path, tmp
     assert folder_of(tmp_path) == ["views.png"]
     sheet = np.asarray(Image.open(out))
     assert sheet.ndim == 3 and min(sheet.shape[:2]) > 300
-    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 1000, "tissue has many colours"
+    assert len(np.unique(sheet.reshape(-1, 3), axis=0)) > 500, "tissue and tones have many colours"
     again = tmp_path / "again.png"
     assert main([str(config), f"run_dir={tmp_path / 'run'}", "--show-views", str(again)]) == 0
     assert again.read_bytes() == out.read_bytes(), "a function of the configuration"

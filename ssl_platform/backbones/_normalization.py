@@ -15,6 +15,8 @@ class Normalization(NamedTuple):
 
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    values: str = "pixels"
+    """What the values are: those of two kinds have no mean in common."""
 
     def equals(self, other: "Normalization") -> bool:
         """Up to rounding."""
@@ -23,7 +25,7 @@ class Normalization(NamedTuple):
         )
 
     def __str__(self) -> str:
-        return "mean {} std {}".format(*(", ".join(f"{value:.4g}" for value in values) for values in self))
+        return "mean {} std {}".format(*(", ".join(f"{value:.4g}" for value in values) for values in self[:2]))
 
 
 class Change(NamedTuple):
@@ -39,14 +41,14 @@ class Change(NamedTuple):
     def undone(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """W (x - mean) / std + b = W' x + b': the tensors with W' and b', in float64."""
         weight, bias = (tensors[key].double() for key in self.layer)  # (D, C, *patch), (D,)
-        mean, std = (weight.new_tensor(values) for values in self.learned)  # (C,)
+        mean, std = (weight.new_tensor(values) for values in self.learned[:2])  # (C,)
         weight = (weight.movedim(1, -1) / std).movedim(-1, 1)
         return {**tensors, self.layer[0]: weight, self.layer[1]: bias - weight.flatten(2).sum(2) @ mean}
 
     def apply(self, state: dict[str, Tensor], changed: dict[str, str]) -> None:
         """Makes the layer in `state` one for the run's views, and says so in `changed`, {key: what was done}."""
         weight, bias = (state[key].double() for key in self.layer)
-        mean, std = (weight.new_tensor(values) for values in self.shown)
+        mean, std = (weight.new_tensor(values) for values in self.shown[:2])
         fitting = (weight.movedim(1, -1) * std).movedim(-1, 1), bias + weight.flatten(2).sum(2) @ mean
         for key, value in zip(self.layer, fitting, strict=True):
             state[key] = value.float()
@@ -58,7 +60,8 @@ def normalization_of(description: Mapping[str, Any]) -> Normalization | None:
     """What `Modality.description()` or timm's pretrained_cfg says; None if each sample is normalised by its own."""
     if description.get("normalize_per_sample") or not description.get("mean") or not description.get("std"):
         return None
-    return Normalization(tuple(map(float, description["mean"])), tuple(map(float, description["std"])))
+    mean, std = (tuple(map(float, description[key])) for key in ("mean", "std"))
+    return Normalization(mean, std, description.get("values", "pixels"))
 
 
 def change_of(
@@ -75,6 +78,11 @@ def change_of(
     description of the run's. ConfigError if what was said cannot be done; a warning if it is only known.
     """
     learned, shown = said or known, normalization_of(views) if views is not None else None
+    values = views.get("values", "pixels") if views is not None else ""
+    if learned is not None and said is None and values not in ("", learned.values):
+        logger.info("%s: the weights learned with %s, these views are %s; the first layer stays as it is", where,
+                    learned.values, values)  # fmt: skip
+        return None
     if learned is None or views is None or (shown is not None and learned.equals(shown)):
         return None
     layer = _first_layer(network)

@@ -18,15 +18,17 @@ def interpolate_positions(
 
     `dinov2` samples by the scale factor (size + offset) / native of each axis (its `interpolate_pos_encoding`), `timm`
     by the sizes and with antialiasing (its `resample_abs_pos_embed`). Neither knows 1 or 3 axes: those grids are done
-    axis by axis, which for bicubic sampling is the same thing, and leave an axis of the native length alone.
+    axis by axis, which for bicubic sampling is the same thing. They leave an axis of the native length alone, and so do
+    grids of two unequal axes, of which DINOv2 has none either: a longer spectrogram changes nothing along its bands.
     """
     if grid == native:
         return positions
     if convention == "timm":
         offset, antialias = 0.0, True
+    is_square = len(native) == 2 and native[0] == native[1]
 
     def resize(images: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-        scale = [(n + offset) / o if n != o or len(native) == 2 else 1.0 for n, o in zip(new, old, strict=True)]
+        scale = [(n + offset) / o if n != o or is_square else 1.0 for n, o in zip(new, old, strict=True)]
         if offset:
             return F.interpolate(images, scale_factor=scale, mode="bicubic", antialias=antialias)
         return F.interpolate(images, size=new, mode="bicubic", antialias=antialias)

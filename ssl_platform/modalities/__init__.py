@@ -3,7 +3,9 @@
 A modality's module holds a class `Config` whose `build(statistics)` makes it; `statistics` are what was measured of
 the channels on the training shards, {"mean": [...], "std": [...], "percentiles": {"1": [...], ...}}, or None; shards
 packed before percentiles were kept have none. `build(None)` must give `groups` all the same; a Config that needs more says
-why in `needs_statistics`, the name of the key that needs them, and training on shards without is refused.
+why in `needs_statistics`, the name of the key that needs them, and training on shards without is refused. A Config that
+names files which only training reads has `for_export()`, the same without them, and its modality `prepare()`, which opens
+them before a run and never for evaluation; it raises ValueError that begins with the key.
 """
 
 from typing import Any, NamedTuple, Protocol

@@ -87,20 +87,25 @@ class Fbank:
         """(..., samples) -> (..., frames, num_bins); the generator is for dither."""
         if self.num_frames(samples.shape[-1]) == 0:
             return samples.new_zeros((*samples.shape[:-1], 0, self.num_bins), dtype=torch.float32)
-        frames = self._frames(samples.float() * self.scale)  # (..., frames, frame_length)
+        padded = 1 << (self.frame_length - 1).bit_length()
+        cut = self._frames(samples.float() * self.scale)  # (..., frames, frame_length)
+        whole = cut.new_zeros((*cut.shape[:-1], padded))  # zeros behind each frame, and what follows is done in place
+        frames = whole[..., : self.frame_length]
         if self.dither > 0:
-            noise = torch.randn(frames.shape, generator=generator, device=generator.device if generator else None)
-            frames = frames + self.dither * noise.to(frames.device)
+            noise = torch.randn(cut.shape, generator=generator, device=generator.device if generator else None)
+            torch.add(cut, noise.to(cut.device), alpha=self.dither, out=frames)
+        else:
+            frames.copy_(cut)
         if self.remove_mean:
-            frames = frames - frames.mean(dim=-1, keepdim=True)
+            frames -= frames.mean(dim=-1, keepdim=True)
         if self.preemphasis > 0:
             before = torch.cat([frames[..., :1], frames[..., :-1]], dim=-1)
-            frames = frames - self.preemphasis * before
-        window = _window(self.window, self.frame_length).to(frames.device)
-        padded = 1 << (self.frame_length - 1).bit_length()
-        spectrum = torch.fft.rfft(frames * window, n=padded).abs()  # (..., frames, padded / 2 + 1)
-        if self.power:
-            spectrum = spectrum.square()
+            frames -= before.mul_(self.preemphasis)
+        frames *= _window(self.window, self.frame_length).to(frames.device)
+        lines = torch.fft.rfft(whole)  # (..., frames, padded / 2 + 1)
+        spectrum = lines.real.square() + lines.imag.square()
+        if not self.power:
+            spectrum = spectrum.sqrt()
         energies: Tensor = spectrum @ _triangles(self.sample_rate, padded, self.num_bins, self.low_hz, self.last_hz).to(
             frames.device
         )
