@@ -20,10 +20,8 @@ def replace_section(page: Path, name: str, text: str) -> None:
     begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
     section = f"{begin}\n{text.strip()}\n{end}"
     pattern = re.compile(re.escape(begin) + ".*?" + re.escape(end), re.DOTALL)
-    if pattern.search(before):
-        after = pattern.sub(lambda _: section, before)
-    else:
-        after = f"{before.rstrip()}\n\n{section}\n"
+    added = f"{before.rstrip()}\n\n{section}\n"
+    after = pattern.sub(lambda _: section, before) if pattern.search(before) else added
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(after, encoding="utf-8")
 

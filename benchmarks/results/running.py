@@ -61,7 +61,9 @@ def debian_package(name: str, downloads: Path) -> Package:
     """
     for tool in ("apt-get", "dpkg", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise Failed(f"{tool}: not found; the data comes from Debian's package {name}: run this on Debian or Ubuntu")
+            raise Failed(
+                f"{tool}: not found; the data comes from Debian's package {name}: run this on Debian or Ubuntu"
+            )
     downloads.mkdir(parents=True, exist_ok=True)
     if not (archives := sorted(downloads.glob(f"{name}_*.deb"))):
         logger.info("\n$ apt-get download %s", name)

@@ -68,7 +68,7 @@ def sounds(kits: Path) -> Iterator[dict[str, str]]:
     if not kits.is_dir():
         raise Failed(f"{kits}: not in the package {PACKAGE}, whose layout has changed")
     for kit in sorted(kits.iterdir()):
-        tree = ElementTree.parse(kit / "drumkit.xml")  # noqa: S314 (of a package that apt has checked)
+        tree = ElementTree.parse(kit / "drumkit.xml")
         names: dict[str, list[str]] = defaultdict(list)
         for instrument in tree.iter():
             if instrument.tag.rpartition("}")[2] == "instrument":
@@ -158,7 +158,9 @@ def section(source: str, index: Index, figures: dict[str, Any], differences: dic
         "scored included. Logistic regression on frozen features, standardised; each kit is predicted from the others, "
         "and the penalty is chosen among those. Intervals resample kits, which are few: they are rough.",
         "",
-        page.table(["encoder", "accuracy %", "balanced accuracy %"], page.three(figures, ("top1", "balanced_accuracy"))),
+        page.table(
+            ["encoder", "accuracy %", "balanced accuracy %"], page.three(figures, ("top1", "balanced_accuracy"))
+        ),
         *(
             page.sentence(TRAINED, name, what, found[metric])
             for name, found in differences.items()
