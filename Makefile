@@ -1,10 +1,11 @@
-# make install | train | test | test-slow | golden. Everything goes into .venv and runs/; PYTHON picks the interpreter.
+# make install | train | results MODALITY=speaker | test | test-slow | golden. Everything goes into .venv and runs/; PYTHON picks the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
 DEVELOPMENT := .venv/installed-for-development
+SOUND := .venv/installed-for-sound
 
-.PHONY: install train test test-slow lint golden clean
+.PHONY: install train results test test-slow lint golden clean
 
 install: $(STAMP)
 
@@ -18,8 +19,16 @@ $(DEVELOPMENT): $(STAMP)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $(DEVELOPMENT)
 
+$(SOUND): $(STAMP)
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable ".[audio]"
+	touch $(SOUND)
+
 train: $(STAMP)
 	$(BIN)/python benchmarks/skin.py
+
+results: $(SOUND) # make results MODALITY=speaker: real data out of Debian's packages, into docs/results.md
+	@test -n "$(MODALITY)" || { echo "results: which? make results MODALITY=speaker (or spectrogram)"; exit 2; }
+	$(BIN)/python -m benchmarks.results $(MODALITY)
 
 lint: $(DEVELOPMENT)
 	$(BIN)/ruff check .

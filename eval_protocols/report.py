@@ -20,10 +20,10 @@ from ssl_platform.data.tars import write_json
 PACKAGES = ("torch", "numpy", "faiss-cpu", "scikit-learn", "timm", "webdataset")
 
 
-def interval_text(interval: Interval) -> str:
+def interval_text(interval: Interval, digits: int = 3) -> str:
     """`0.712 [0.653, 0.768]`, as tables show it."""
-    bounds = f"[{interval.low:.3f}, {interval.high:.3f}]" if math.isfinite(interval.low) else "[no interval]"
-    return f"{interval.estimate:.3f} {bounds}"
+    estimate, low, high = (f"{value:.{digits}f}" for value in interval)
+    return f"{estimate} [{low}, {high}]" if math.isfinite(interval.low) else f"{estimate} [no interval]"
 
 
 def difference_text(interval: Difference) -> str:
@@ -32,14 +32,14 @@ def difference_text(interval: Difference) -> str:
     return f"{interval.estimate:+.3f} {bounds}"
 
 
-def verdict(name: str, other: str, difference: Difference) -> str:
-    """One sentence that says whether `name` scores above `other`, where `difference` is name minus other."""
+def verdict(name: str, other: str, difference: Difference, lower_is_better: bool = False) -> str:
+    """One sentence that says whether `name` scores better than `other`, where `difference` is name minus other."""
     if not math.isfinite(difference.low):
         found = f"has no interval, so whether {name} beats {other} cannot be said"
-    elif difference.low > 0:
-        found = f"lies above 0: {name} beats {other} beyond the interval"
-    elif difference.high < 0:
-        found = f"lies below 0: {name} is WORSE than {other} beyond the interval"
+    elif difference.excludes_zero:
+        is_better = (difference.low > 0) != lower_is_better
+        outcome = f"{name} {'beats' if is_better else 'is WORSE than'} {other} beyond the interval"
+        found = f"lies {'above' if difference.low > 0 else 'below'} 0: {outcome}"
     else:
         found = f"contains 0: this test set does not show that {name} beats {other}"
     return f"{name} minus {other}: {difference_text(difference)} {found}."
