@@ -82,6 +82,7 @@ def rewrite(path: Path, tensors: dict[str, Tensor]) -> None:
     (path / "state.json").write_text(json.dumps(state))
 
 
+@pytest.mark.slow
 def test_checkpoints_in_shards_are_put_together(speakers: Path, tmp_path: Path) -> None:
     config = str(write_config(tmp_path))
     sharded = tmp_path / "sharded"

@@ -83,6 +83,7 @@ def test_flops_equal_torchs_counter(changes: dict[str, Any]) -> None:
     assert sum(facts.flops_by_part.values()) in (facts.flops, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes", [{}, {"modality": IMAGE, "masks": {}, "objectives": {"dino": engine.DINO | {"masks": {}}}}]
 )
@@ -94,6 +95,7 @@ def test_recomputed_flops_equal_torchs_counter(changes: dict[str, Any]) -> None:
     assert once._replace(recomputed_flops=facts.recomputed_flops) == facts, "nothing else depends on it"
 
 
+@pytest.mark.slow
 def test_the_time_counts_what_is_recomputed() -> None:
     def said(*changes: str) -> tuple[str, float]:
         recipe = load_recipe(SMOKE, ["networks.student.backbone.depth=4", *changes])
