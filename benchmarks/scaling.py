@@ -191,7 +191,8 @@ memory and links of GPUs are those of NVIDIA's data sheets, cited in `ssl_platfo
 ## Data and time
 
 125,000 steps at {mfu} with all sending hidden. The shards must deliver {SAMPLE_BYTES // 1000} kB a sample; a worker makes
-80 samples/s (measured, [benchmarks.md](benchmarks.md#loader), image).
+80 samples/s (measured, [benchmarks.md](benchmarks.md#loader), image). Blocks are not recomputed here; for a recipe with
+`recompute: true` `--estimate gpus=N` counts what runs twice, and adds it to the time.
 
 {runs}"""
 
