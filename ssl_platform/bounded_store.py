@@ -5,16 +5,12 @@ retransmits what was asked, a quarter of an hour on Linux (`net.ipv4.tcp_retries
 stopped.
 """
 
-import threading
-import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
-from queue import SimpleQueue
 from typing import Any
 
 import torch.distributed as dist
 
-_Calls = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
+from ssl_platform.worker import Worker
 
 
 class BoundedStore:
@@ -25,9 +21,7 @@ class BoundedStore:
 
     def __init__(self, store: Any, seconds: float) -> None:
         self._store, self._seconds = store, seconds
-        self._calls: _Calls = SimpleQueue()
-        threading.Thread(target=_make, args=(self._calls,), name="store", daemon=True).start()
-        weakref.finalize(self, self._calls.put, None)
+        self._worker = Worker("store")
 
     def set(self, key: str, value: str) -> None:
         """As torch's `Store.set`."""
@@ -47,22 +41,9 @@ class BoundedStore:
         return bool(self._in_time(lambda: self._store.delete_key(key)))
 
     def _in_time(self, call: Callable[[], Any]) -> Any:
-        future: Future[Any] = Future()
-        self._calls.put((future, call))
+        future = self._worker.give(call)
         try:
             return future.result(self._seconds)
         except TimeoutError:
             future.cancel()  # if it waits for another one
             raise dist.DistNetworkError(f"no answer from the rendezvous store within {self._seconds:g} s") from None
-
-
-def _make(calls: _Calls) -> None:
-    """The thread: one call after another until None comes."""
-    while (item := calls.get()) is not None:
-        future, call = item
-        if future.set_running_or_notify_cancel():
-            try:
-                future.set_result(call())
-            except BaseException as error:  # is the caller's
-                future.set_exception(error)
-        del item, future, call  # which hold the store while there is nothing to do

@@ -49,7 +49,7 @@ class _Process:
         """The step that may take as long as it likes."""
         self.watch: _Watch | None = None
         """None for one process alone."""
-        self.finish: Callable[[], None] | None = None
+        self.finish: Callable[[], object] | None = None
         """What rank 0 does before it ends because of another one."""
         self.stacks: IO[str] | None = None
         """Where stacks are written; None = stderr."""
@@ -111,7 +111,7 @@ def stop() -> None:
     _here.finish = None
 
 
-def before_leaving(finish: Callable[[], None]) -> None:
+def before_leaving(finish: Callable[[], object]) -> None:
     """What rank 0 finishes before it ends because of another rank: it must need no other, and end by itself."""
     _here.finish = finish
 

@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from concurrent import futures
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import Tensor
 from ssl_platform import checkpoint, distributed, peers, tensor_files
 from ssl_platform.checkpoint import TrainState
 from ssl_platform.log import logger
-from ssl_platform.worker import Work, Worker
+from ssl_platform.worker import Worker
 
 _POLL_SECONDS = (0.005, 0.2)
 _TOLD_RANKS = 4
@@ -54,7 +55,7 @@ class Saver:
         self.step = 0
         """Of the save in flight, or of the last one."""
         self._worker = Worker("saving")
-        self._work: Work | None = None
+        self._work: futures.Future[None] | None = None
         self._outcome: Outcome | None = None
         self._buffers: dict[tuple[str, str], Tensor] = {}
         store = distributed.store(self.timeout) or dist.HashStore()  # type: ignore[attr-defined]
@@ -84,7 +85,7 @@ class Saver:
         arguments = (state, config_yaml, index, copies, copied)
         self._work = self._worker.give(partial(self._run, *arguments))
         if index is None:  # no other rank is needed
-            peers.before_leaving(partial(self._work.join, LAST_SECONDS))
+            peers.before_leaving(partial(futures.wait, [self._work], LAST_SECONDS))
 
     def has_ended(self) -> bool:
         """Whether this rank knows how the save in flight ended; where all do, none waits in `take`."""
@@ -105,7 +106,7 @@ class Saver:
     def wait(self) -> None:
         """Waits for this rank's thread alone."""
         if self._work is not None:
-            self._work.join()
+            self._work.result()
             self._work = None
 
     @contextmanager

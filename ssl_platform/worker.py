@@ -1,20 +1,13 @@
-"""A thread that lives as long as the run and does one thing after another."""
+"""A thread that lives as long as its owner and does one thing after another."""
 
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import Future
 from queue import SimpleQueue
+from typing import Any
 
-
-class Work:
-    """An action in a worker's thread."""
-
-    def __init__(self) -> None:
-        self.ended = threading.Event()
-
-    def join(self, timeout: float | None = None) -> None:
-        """Waits for its end, at most `timeout` seconds."""
-        self.ended.wait(timeout)
+_Given = SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None]
 
 
 class Worker:
@@ -23,21 +16,23 @@ class Worker:
     """
 
     def __init__(self, name: str) -> None:
-        self.queue: SimpleQueue[tuple[Callable[[], None], Work] | None] = SimpleQueue()
-        threading.Thread(target=_work, args=(self.queue,), name=name, daemon=True).start()
-        weakref.finalize(self, self.queue.put, None)
+        self._given: _Given = SimpleQueue()
+        threading.Thread(target=_work, args=(self._given,), name=name, daemon=True).start()
+        weakref.finalize(self, self._given.put, None)
 
-    def give(self, action: Callable[[], None]) -> Work:
-        """Begins an action, which raises nothing."""
-        self.queue.put((action, work := Work()))
-        return work
+    def give(self, action: Callable[[], Any]) -> Future[Any]:
+        """Begins an action after those given before; the future has its result or error, and can be cancelled till then."""
+        future: Future[Any] = Future()
+        self._given.put((future, action))
+        return future
 
 
-def _work(queue: SimpleQueue[tuple[Callable[[], None], Work] | None]) -> None:
-    while (given := queue.get()) is not None:
-        action, work = given
-        try:
-            action()
-        finally:
-            work.ended.set()
-        del given, action  # it may hold the worker, with which this thread ends
+def _work(given: _Given) -> None:
+    while (item := given.get()) is not None:
+        future, action = item
+        if future.set_running_or_notify_cancel():
+            try:
+                future.set_result(action())
+            except BaseException as error:  # is that of whoever waits
+                future.set_exception(error)
+        del item, future, action  # which may hold the worker, with which this thread ends

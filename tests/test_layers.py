@@ -8,8 +8,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ORDER = [
-    {"config", "distributed", "bounded_store", "sharding", "blocks", "location", "optional", "plain_yaml"},
-    {"peers", "stragglers", "costs", "tensor_files", "worker"},
+    {"config", "distributed", "bounded_store", "sharding", "blocks", "location", "optional", "plain_yaml", "worker"},
+    {"peers", "stragglers", "costs", "tensor_files"},
     {"log", "optim", "views", "patch_embed", "batch_norm", "progress"},
     {"masks", "backbones", "heads", "checkpoint", "run_lock", "saving"},
     {"modalities"},
