@@ -6,14 +6,14 @@ A view is (1, frames, bins): time is its first axis, as in AST and what came aft
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ssl_platform.modalities._audio import EXTENSIONS, AudioInfo, Sound, decode_audio, read_info, resample
+from ssl_platform.modalities._audio import EXTENSIONS, Sound, SoundFile, resample
 from ssl_platform.modalities._fbank import Fbank
 from ssl_platform.modalities._fbank_normalization import FbankConfig, FbankNormalization, NormalizationConfig
 
@@ -21,7 +21,6 @@ __all__ = ["FbankConfig", "FbankNormalization", "NormalizationConfig", "Recordin
 
 WHOLE_SECONDS = 20.0
 """Recordings up to this length are decoded at once, for all their chunks."""
-MIN_SAMPLE_RATE = 1000
 _MARGIN = 256
 """Samples of the lower rate that are resampled besides a chunk's own at either side; soxr's filter is shorter."""
 
@@ -30,27 +29,40 @@ Short = Literal["repeat", "zeros"]
 # -- recordings --------------------------------------------------------------------------------------------------------
 
 
+class Readable(Protocol):
+    """What chunks are cut from: a recording, or a part of one."""
+
+    def num_samples(self, sample_rate: int) -> int:
+        """How many there are at this rate, at least 1."""
+        ...
+
+    def read(self, start: float, num_samples: int, sample_rate: int) -> Tensor:
+        """(num_samples,) float32 from `start` (seconds), zeros after the end."""
+        ...
+
+
 @dataclass
 class Recording:
-    """A sound file in memory, decoded where it is asked for: a chunk of 3 s of an hour costs 3 s.
+    """A sound in memory, decoded where it is asked for: a chunk of 3 s of an hour costs 3 s.
 
     `decode_recording` makes it.
     """
 
-    data: bytes
-    extension: str
-    info: AudioInfo
+    file: SoundFile
+    sample_rate: int
+    length: int
+    """In samples at that rate."""
     _whole: dict[int, Tensor] = field(default_factory=dict, repr=False)
     """{sample rate: (samples,)}, the mean of the channels; empty if it is long."""
 
     @property
     def duration(self) -> float:
         """In seconds."""
-        return self.info.num_samples / self.info.sample_rate
+        return self.length / self.sample_rate
 
     def num_samples(self, sample_rate: int) -> int:
         """How many there are at this rate, at least 1."""
-        return max(self.info.num_samples * sample_rate // self.info.sample_rate, 1)
+        return max(self.length * sample_rate // self.sample_rate, 1)
 
     def read(self, start: float, num_samples: int, sample_rate: int) -> Tensor:
         """(num_samples,) float32 from `start` (seconds): the mean of the channels at `sample_rate`, zeros after the end.
@@ -60,16 +72,16 @@ class Recording:
         first = round(start * sample_rate)
         if self._whole:
             if sample_rate not in self._whole:
-                native = Sound(self._whole[self.info.sample_rate][None].numpy(), self.info.sample_rate)
+                native = Sound(self._whole[self.sample_rate][None].numpy(), self.sample_rate)
                 self._whole[sample_rate] = _mono(native, sample_rate)
             return _fitted(self._whole[sample_rate][first : first + num_samples], num_samples)
         # Resampling begins at a sample that both rates have, and a filter's length before what is wanted.
-        common = math.gcd(self.info.sample_rate, sample_rate)
-        theirs, ours = self.info.sample_rate // common, sample_rate // common
-        margin = _MARGIN * max(1, -(-sample_rate // self.info.sample_rate)) if theirs != ours else 0
+        common = math.gcd(self.sample_rate, sample_rate)
+        theirs, ours = self.sample_rate // common, sample_rate // common
+        margin = _MARGIN * max(1, -(-sample_rate // self.sample_rate)) if theirs != ours else 0
         blocks = max((first - margin) // ours, 0)
         last = -(-(first + num_samples + margin) * theirs // ours)
-        sound = decode_audio(self.data, blocks * theirs / self.info.sample_rate, last / self.info.sample_rate)
+        sound = self.file.read(blocks * theirs / self.sample_rate, last / self.sample_rate)
         skipped = first - blocks * ours
         return _fitted(_mono(sound, sample_rate)[skipped : skipped + num_samples], num_samples)
 
@@ -82,18 +94,14 @@ def decode_recording(record: Mapping[str, bytes]) -> Recording:
     found = next((extension for extension in EXTENSIONS if extension in record), None)
     if found is None:
         raise ValueError(f"no sound in the record: it has {', '.join(record) or 'nothing'}, not {'/'.join(EXTENSIONS)}")
-    data = record[found]
-    info = read_info(data)
-    if info.sample_rate < MIN_SAMPLE_RATE:
-        raise ValueError(f"a sample rate of {info.sample_rate} Hz: at least {MIN_SAMPLE_RATE} is expected of sound")
-    if info.num_samples > WHOLE_SECONDS * info.sample_rate:
-        return Recording(data, found, info)
-    sound = decode_audio(data)
-    num_samples = sound.samples.shape[1]  # headers may be off, or say nothing
-    if num_samples > WHOLE_SECONDS * info.sample_rate:
-        return Recording(data, found, info._replace(num_samples=num_samples))
-    whole = {info.sample_rate: _mono(sound, info.sample_rate)}
-    return Recording(data, found, info._replace(num_samples=num_samples), whole)
+    file = SoundFile(record[found])
+    rate, length = file.info.sample_rate, file.info.num_samples
+    if length <= WHOLE_SECONDS * rate:
+        sound = file.read()
+        length = sound.samples.shape[1]  # headers may be off, or say nothing
+        if length <= WHOLE_SECONDS * rate:
+            return Recording(file, rate, length, {rate: _mono(sound, rate)})
+    return Recording(file, rate, length)
 
 
 def _mono(sound: Sound, sample_rate: int) -> Tensor:
@@ -114,7 +122,7 @@ def _fitted(samples: Tensor, num_samples: int) -> Tensor:
 
 
 def random_chunk(
-    recording: Recording, num_samples: int, sample_rate: int, rng: np.random.Generator, short: Short
+    recording: Readable, num_samples: int, sample_rate: int, rng: np.random.Generator, short: Short
 ) -> Tensor:
     """(num_samples,) from anywhere; of a shorter recording all of it, repeated from anywhere or anywhere among zeros."""
     total = recording.num_samples(sample_rate)
@@ -129,13 +137,13 @@ def random_chunk(
     return chunk
 
 
-def center_chunk(recording: Recording, num_samples: int, sample_rate: int, short: Short) -> Tensor:
+def center_chunk(recording: Readable, num_samples: int, sample_rate: int, short: Short) -> Tensor:
     """(num_samples,) from the middle; of a shorter recording what `first_chunk` gives."""
     first = max(recording.num_samples(sample_rate) - num_samples, 0) // 2
     return first_chunk(recording, num_samples, sample_rate, short, first)
 
 
-def first_chunk(recording: Recording, num_samples: int, sample_rate: int, short: Short, first: int = 0) -> Tensor:
+def first_chunk(recording: Readable, num_samples: int, sample_rate: int, short: Short, first: int = 0) -> Tensor:
     """(num_samples,) from the beginning; a shorter recording is repeated, or followed by zeros."""
     total = recording.num_samples(sample_rate)
     chunk = recording.read(first / sample_rate, min(num_samples, total), sample_rate)

@@ -1,5 +1,6 @@
 """Spectrograms as Modality; `spectrogram` configures it."""
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -89,7 +90,8 @@ class Spectrogram:
         evaluation_frames: int,
         evaluation_chunk: str,
     ) -> None:
-        self.fbank, self.normalization, self.patch_size = fbank, normalization, patch_size
+        self.fbank, self.exact_fbank = fbank, replace(fbank, dither=0.0)
+        self.normalization, self.patch_size = normalization, patch_size
         self.recipes, self.strengths, self.corruptions = recipes, strengths, corruptions
         self.short: Short = short
         self.evaluation_frames, self.evaluation_chunk = evaluation_frames, evaluation_chunk
@@ -187,11 +189,7 @@ class Spectrogram:
         chunk = center_chunk if self.evaluation_chunk == "center" else first_chunk
         num_samples = samples_of(self.evaluation_frames, self.fbank)
         wave = chunk(example, num_samples, self.fbank.sample_rate, self.short)
-        return self.normalization(self._without_dither(wave))[None]
-
-    def _without_dither(self, wave: Tensor) -> Tensor:
-        """Its filter banks."""
-        return Fbank(**{**self.fbank.describe(), "dither": 0.0})(wave)
+        return self.normalization(self.exact_fbank(wave))[None]
 
     def picture(self, view: Tensor) -> NDArray[np.uint8]:
         """(frames, bins, 3): time runs downwards, low tones are on the left, as tokens lie."""
@@ -221,6 +219,6 @@ class Spectrogram:
             "num_samples": samples_of(self.evaluation_frames, self.fbank),
             "chunk": self.evaluation_chunk,
             "short": self.short,
-            "fbank": {**self.fbank.describe(), "dither": 0.0},
+            "fbank": self.exact_fbank.describe(),
             "normalization": normalization,
         }

@@ -197,7 +197,7 @@ class Speaker:
             length, made = samples_of(chunks.num_frames, self.fbank), []
             for _ in range(chunks.num):
                 utterance = utterances[number % len(utterances)]
-                chunk = random_chunk(utterance, length, rate, rng, self.config.short)  # type: ignore[arg-type]
+                chunk = random_chunk(utterance, length, rate, rng, self.config.short)
                 is_silent = is_silent and not bool(chunk.any())
                 made.append(self._augmented(chunk, rng) if rng.random() < chunks.augment else chunk)
                 number += 1
@@ -210,7 +210,7 @@ class Speaker:
         """(1, frames, bins): the middle of the utterance, of a shorter one what `short` says."""
         utterance = example if self.config.vad is None else trimmed(example, self.config.vad) or example
         length = samples_of(self.num_frames, self.fbank)
-        chunk = center_chunk(utterance, length, self.sample_rate, self.config.short)  # type: ignore[arg-type]
+        chunk = center_chunk(utterance, length, self.sample_rate, self.config.short)
         return self._bins(chunk, self.exact_fbank)
 
     def picture(self, view: Tensor) -> NDArray[np.uint8]:
