@@ -168,12 +168,10 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--seed", type=int, default=0, help="of the resampling (%(default)s)")
 
 
-def read_features(arguments: argparse.Namespace) -> Extracted:
-    """Extracts what `add_input_arguments` asks for; raises ValueError if that cannot be scored."""
-    device = choose_device(arguments.device)
-    remote = RemoteSettings.of_arguments(arguments)
-    indexes = Index.open(arguments.train, remote), Index.open(arguments.test, remote)
-    match(*indexes)  # complains before anything slow
+def scored_networks(
+    arguments: argparse.Namespace, device: torch.device
+) -> tuple[Encoder, dict[str, Callable[[Tensor], Tensor]]]:
+    """The encoder, and {name: views -> features} of it and of the baselines that are scored beside it."""
     encoder = Encoder.load(arguments.checkpoint, network=arguments.network).to(device)
     networks: dict[str, Callable[[Tensor], Tensor]] = {arguments.network: lambda views: encoder(views).cls}
     if "random" in arguments.baselines:
@@ -181,6 +179,16 @@ def read_features(arguments: argparse.Namespace) -> Extracted:
         networks["random"] = lambda views: random(views).cls
     if "pixels" in arguments.baselines:
         networks["pixels"] = pixels
+    return encoder, networks
+
+
+def read_features(arguments: argparse.Namespace) -> Extracted:
+    """Extracts what `add_input_arguments` asks for; raises ValueError if that cannot be scored."""
+    device = choose_device(arguments.device)
+    remote = RemoteSettings.of_arguments(arguments)
+    indexes = Index.open(arguments.train, remote), Index.open(arguments.test, remote)
+    match(*indexes)  # complains before anything slow
+    encoder, networks = scored_networks(arguments, device)
 
     def read(index: Index, numbers: list[int]) -> Generator[tuple[Tensor, Tensor], None, None]:
         sizes = {"batch_size": arguments.batch_size, "workers": arguments.workers}

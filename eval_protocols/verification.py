@@ -21,17 +21,16 @@ examples:
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from eval_protocols import detection, report
-from eval_protocols.features import choose_device, extract, pixels, positive
+from eval_protocols.features import choose_device, extract, positive, scored_networks
 from eval_protocols.knn import TITLES
 from eval_protocols.metrics import Difference, Floats, Integers, Interval
 from eval_protocols.splits import Samples
@@ -192,13 +191,7 @@ def _features(
 ) -> tuple[Encoder, dict[str, NDArray[np.floating]]]:
     """The encoder, and {name: features (M, D)} of the samples `used`."""
     device = choose_device(arguments.device)
-    encoder = Encoder.load(arguments.checkpoint, network=arguments.network).to(device)
-    networks: dict[str, Callable[[Tensor], Tensor]] = {arguments.network: lambda views: encoder(views).cls}
-    if "random" in arguments.baselines:
-        random = Encoder.load(arguments.checkpoint, network=arguments.network, random_init=True).to(device)
-        networks["random"] = lambda views: random(views).cls
-    if "pixels" in arguments.baselines:
-        networks["pixels"] = pixels
+    encoder, networks = scored_networks(arguments, device)
     samples = Samples(used, used, index.labels[used], index.groups[used], tuple(index.label_names))
     sizes = {"batch_size": arguments.batch_size, "workers": arguments.workers}
     with closing(preprocessed(index, encoder.modality, ids=used.tolist(), **sizes)) as batches:

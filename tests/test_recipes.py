@@ -107,8 +107,8 @@ def test_there_are_five_for_each_modality() -> None:
     assert [path.stem for path in RECIPES] == [f"{name}_{kind}" for name in ("image", "pathology") for kind in kinds]
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
-def test_the_first_lines_say_command_hardware_time_and_what_to_expect(path: Path) -> None:
+def check_head(path: Path) -> tuple[str, str, str]:
+    """What the first lines say of hardware, time and what to expect; they must say what holds for every recipe."""
     head = re.match(r"(#.*\n)+", path.read_text(encoding="utf-8"))
     assert head is not None
     text = head[0].replace("\n# ", " ")
@@ -119,6 +119,12 @@ def test_the_first_lines_say_command_hardware_time_and_what_to_expect(path: Path
     assert "calculated" in time and "MFU assumed" in time
     [expected] = re.findall(r" Expected: (.*?) Reference: ", text)
     assert "e have not run it" in expected, "a figure of somebody else's must not look like ours"
+    return hardware, time, expected
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_the_first_lines_say_command_hardware_time_and_what_to_expect(path: Path) -> None:
+    _, _, expected = check_head(path)
     assert re.search(r"README of|leaderboards.md of|arXiv|docs/health.md", expected)
 
 
