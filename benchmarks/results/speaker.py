@@ -21,6 +21,8 @@ VOICES = "klettres-data"
 OTHER_SPEECH = ("tuxpaint-stamps-default", "fillets-ng-data-cs", "fillets-ng-data-nl")
 CONFIG = "configs/results/speaker.yaml"
 OTHERS_ONLY = "trained without these voices"
+WITHOUT_MEAN = "log-mel std alone"
+FBANK = Fbank(num_bins=80, window="hamming", scale=32768.0)
 TRIALS_PER_SPEAKER = 500
 
 
@@ -35,10 +37,12 @@ def measure(folder: Path) -> str:
         listed = ", ".join(f'"{each}"' for each in data)
         run("ssl-train", CONFIG, f"run_dir={run_dir}", f"data.shards=[{listed}]")
     index = Index.open(voices)
+    by_hand = hand_made(index, FBANK)
     features = {
         TRAINED: network_features(shards / "run", index),
         RANDOM: network_features(shards / "run", index, random_init=True),
-        HAND_MADE: hand_made(index, Fbank(num_bins=80, window="hamming", scale=32768.0)),
+        HAND_MADE: by_hand,
+        WITHOUT_MEAN: by_hand[:, FBANK.num_bins :],
         OTHERS_ONLY: network_features(shards / "run_others", index),
     }
     found = scores(features, index)
@@ -100,7 +104,8 @@ def section(sources: list[str], index: Index, num_unlabelled: int, found: dict[s
         f"{num_unlabelled} more, none with a label; a second run saw those others alone. Scores are cosines after the mean "
         f"of all utterances is subtracted; {trials['targets']} target trials and {trials['others']} others (at most "
         f"{TRIALS_PER_SPEAKER} of a voice and kind); the nearest neighbour is among all other utterances. Intervals "
-        "resample voices. Packages: " + "; ".join(sources) + ".",
+        "resample voices. The mean of each band is the colour of microphone and room as much as that of the voice: networks have it "
+        f"taken away, and so has '{WITHOUT_MEAN}'. Packages: " + "; ".join(sources) + ".",
         "",
         page.table(
             [
