@@ -47,7 +47,7 @@ def measure(folder: Path) -> str:
     }
     found = scores(features, index)
     report.write_result(shards / "results.json", found)
-    return section([package.line for package in packages.values()], index, len(unlabelled), found)
+    return section([package.line for package in packages.values()], index, len(Index.open(others)), found)
 
 
 def voices_of(files: Path) -> Iterator[dict[str, str]]:
@@ -104,8 +104,8 @@ def section(sources: list[str], index: Index, num_unlabelled: int, found: dict[s
         f"{num_unlabelled} more, none with a label; a second run saw those others alone. Scores are cosines after the mean "
         f"of all utterances is subtracted; {trials['targets']} target trials and {trials['others']} others (at most "
         f"{TRIALS_PER_SPEAKER} of a voice and kind); the nearest neighbour is among all other utterances. Intervals "
-        "resample voices. The mean of each band is the colour of microphone and room as much as that of the voice: networks have it "
-        f"taken away, and so has '{WITHOUT_MEAN}'. Packages: " + "; ".join(sources) + ".",
+        "resample voices. The mean of each band is the colour of microphone and room as much as that of the voice: "
+        f"networks have it taken away, and so has '{WITHOUT_MEAN}'. Packages: " + "; ".join(sources) + ".",
         "",
         page.table(
             [
