@@ -89,7 +89,9 @@ def two_calls(sizes: Sequence[int], shape: Sequence[int], affine: bool, offset: 
     }
 
 
-@pytest.mark.parametrize("sizes", [(4, 4), (1, 7), (6, 0), (3, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [(4, 4), (1, 7), (6, 0), pytest.param((3, 1, 2), marks=pytest.mark.slow)], ids=str
+)  # three ranks are processes of their own, which take a minute to begin
 @pytest.mark.parametrize("shape", [(), (6,), (3, 4)], ids=str)
 @pytest.mark.parametrize("affine", [True, False])
 def test_ranks_equal_one_process(sizes: tuple[int, ...], shape: tuple[int, ...], affine: bool) -> None:

@@ -177,6 +177,7 @@ def bytes_gathered(objectives: list[str]) -> int:
     return total
 
 
+@pytest.mark.slow
 def test_a_head_of_two_objectives_is_gathered_for_each_of_its_calls() -> None:
     alone, both = (engine.recipe(objectives=chosen) for chosen in ({"dino": engine.DINO}, SHARED))
     once, twice = (calculate(recipe, recipe.modality.build(None), 1) for recipe in (alone, both))
@@ -209,6 +210,7 @@ def test_arithmetic() -> None:
     assert costs.Assumptions(gpus=8).link == 450e9 and costs.Assumptions(gpus=16).link == 50e9
 
 
+@pytest.mark.slow
 def test_gradients_of_several_micro_batches_are_whole_in_the_report(capsys: pytest.CaptureFixture[str]) -> None:
     """Of fewer samples at a time, so activations are less, and gradients in shards would be, too."""
     said = {}
