@@ -1,4 +1,5 @@
-# make install | train | results MODALITY=speaker | test | test-slow | golden. Everything goes into .venv and runs/; PYTHON picks the interpreter.
+# make install | train | results MODALITY=speaker | test | test-slow | golden. Everything goes into .venv and runs/;
+# PYTHON picks the interpreter.
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/installed
