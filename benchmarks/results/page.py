@@ -10,7 +10,7 @@ from eval_protocols.report import interval_text
 HEAD = """# Results on real data
 
 Each section is what its command found: real recordings out of public packages, one pretraining of minutes on two cores,
-and three encoders under one protocol. They show that training works, not how well it could. Intervals are 95 %.
+and three encoders under one protocol. They show what such a run learns, not what a long one could. Intervals are 95 %.
 """
 
 
